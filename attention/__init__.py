@@ -1,0 +1,10 @@
+"""Attention modules by name: one file per module, one registry for all.
+
+>>> import attention
+>>> attention.available(kind="pooling")[:2]
+['abmil', 'acmil']
+"""
+
+from attention.registry import available, create, describe, kind_of, load_official, parameters_of, register
+
+__all__ = ["available", "create", "describe", "kind_of", "load_official", "parameters_of", "register"]

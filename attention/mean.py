@@ -1,0 +1,92 @@
+"""Mean pooling: the mean over the bag of the logits of its instances.
+
+The baseline of the ACMIL and PackMIL repositories: Linear, ReLU or GELU, dropout, Linear per instance. The last layer
+being linear, the logits of the mean embedding are the same.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attention.pooling import PooledBags, Pooler, check_features, default_hidden_dim, rename, strip_wrappers
+from attention.registry import register
+from kernels.dense import linear
+from kernels.errors import unknown_name
+from kernels.segment import segment_lengths, segment_weighted_sum
+
+
+class InstanceClassifier(Pooler):
+    """What mean and max pooling share: an embedding and a classifier of instances, Xavier weights and zero biases.
+
+    Args:
+        dim: feature size D.
+        num_classes: number of logits C.
+        hidden_dim: size H of the embedding; None for :func:`attention.pooling.default_hidden_dim`.
+        dropout: probability on the embedding while training.
+        act: ``"relu"`` or ``"gelu"``.
+    """
+
+    attention_rows = "class"
+
+    def __init__(
+        self,
+        dim: int,
+        num_classes: int,
+        hidden_dim: int | None = None,
+        dropout: float = 0.25,
+        act: Literal["relu", "gelu"] = "relu",
+    ) -> None:
+        super().__init__()
+        if act not in ("relu", "gelu"):
+            raise unknown_name("attention.act", act, ("relu", "gelu"))
+        self.dim = dim
+        self.act = act
+        self.dropout = dropout
+        self.embed = nn.Linear(dim, hidden_dim or default_hidden_dim(dim))
+        self.classifier = nn.Linear(self.embed.out_features, num_classes)
+        for layer in (self.embed, self.classifier):
+            nn.init.xavier_normal_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def hidden(self, features: Tensor) -> Tensor:
+        """Embedding (T, H) of ``features (T, D)``."""
+        check_features(features, self.dim, self.name)
+        hidden = linear(features, self.embed.weight, self.embed.bias, self.act)
+        return F.dropout(hidden, self.dropout, self.training)
+
+    @staticmethod
+    def checkpoint_filter(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Names of the ACMIL repository (``head``) and of CLAM's ``MIL_fc`` and ``MIL_fc_mc`` to ours."""
+        state = strip_wrappers(state)
+        for kind in ("weight", "bias"):
+            state = rename(
+                state,
+                {
+                    f"head.0.{kind}": f"embed.{kind}",
+                    f"head.3.{kind}": f"classifier.{kind}",
+                    f"fc.0.{kind}": f"embed.{kind}",
+                    f"classifiers.{kind}": f"classifier.{kind}",
+                },
+            )
+        return state
+
+
+@register("mean", kind="pooling")
+class MeanPooling(InstanceClassifier):
+    """Mean pooling: the average of the instance logits.
+
+    Arguments as :class:`InstanceClassifier`.
+    """
+
+    def forward(self, features: Tensor, cu_seqlens: Tensor) -> PooledBags:
+        hidden = self.hidden(features)
+        lengths = segment_lengths(cu_seqlens)
+        share = (1 / lengths.clamp_min(1).to(hidden.dtype)).repeat_interleave(lengths, output_size=len(hidden))
+        embeddings = segment_weighted_sum(share[None], hidden, cu_seqlens)[:, 0]
+        with torch.no_grad():
+            instance_logits = self.classifier(hidden)
+        return PooledBags(self.classifier(embeddings), embeddings, instance_logits.t())

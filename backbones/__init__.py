@@ -1,0 +1,80 @@
+"""Image backbones and tile encoders by name: every timm model, the named pathology encoders, or a class of your own.
+
+Importing this package loads neither torch nor timm; the first call does.
+
+>>> import backbones
+>>> backbones.available("resnet1*")[:2]
+['resnet10t', 'resnet14t']
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from backbones.encoder import Encoder
+
+__all__ = ["available", "create", "create_encoder"]
+
+
+def available(pattern: str | None = None) -> list[str]:
+    """Names of all backbones in alphabetical order, or of those that match a wildcard pattern such as ``"res*"``."""
+    from backbones import registry
+
+    return registry.available(pattern)
+
+
+def create(
+    name: str,
+    pretrained: bool = False,
+    features_only: bool = False,
+    out_indices: Sequence[int] | None = None,
+    attention: str | nn.Module | type[nn.Module] | Mapping[str, Any] | None = None,
+    **params: Any,
+) -> nn.Module:
+    """Build the backbone called ``name`` as a timm model, with weights from the model hub only when ``pretrained``.
+
+    Args:
+        name: a name of :func:`available`, with or without a timm tag (``resnet18``, ``resnet18.a1_in1k``), the same
+            behind ``timm:``, a model hub id behind ``hf-hub:``, or a dotted path ``package.module:Class``.
+        features_only: return a module that gives the list of feature maps instead of logits.
+        out_indices: which feature maps, counted from the finest.
+        attention: the token mixer to use instead of the backbone's own, where the backbone has one.
+        params: passed on to the model.
+
+    Raises:
+        InputError: the name is unknown, a parameter is not taken, the backbone has no token mixer to replace, or the
+            weights cannot be had.
+    """
+    from backbones import registry
+
+    return registry.create(name, pretrained, features_only, out_indices, attention, **params)
+
+
+def create_encoder(
+    name: str,
+    *,
+    pretrained: bool = False,
+    checkpoint: str | Path | None = None,
+    seed: int = 1,
+    params: Mapping[str, Any] | None = None,
+) -> Encoder:
+    """Build the tile encoder called ``name``: uint8 RGB tiles (B, 3, H, W) in, float32 features (B, dim) out.
+
+    Args:
+        name: as in :func:`create`; those of :mod:`backbones.pathology` come with their preprocessing and pooling.
+        pretrained: take the published weights from the model hub's local cache, or download them.
+        checkpoint: a weights file (safetensors or PyTorch) or a folder that holds one; instead of ``pretrained``.
+        seed: of the random weights when neither is given; the global random state is left as it was.
+        params: passed on to the model.
+
+    Raises:
+        InputError: as :func:`create`; or the checkpoint is missing, unreadable, or of another model.
+    """
+    from backbones import encoder
+
+    return encoder.create_encoder(name, pretrained=pretrained, checkpoint=checkpoint, seed=seed, params=params)

@@ -1,0 +1,244 @@
+"""Attention pooling of packed bags in one operator: embed, score, softmax within each bag, weighted sum.
+
+    h = relu(x We^T + be)                                    (T, H)
+    s = Ws (tanh(Wv h + bv) * sigmoid(Wu h + bu)) + bs       (R, T), one row per attention branch
+    w = softmax of s within each bag                         (R, T)
+    z = sum over the bag of w h                              (B, R, H)
+
+(Ilse, Tomczak, Welling, Attention-based Deep Multiple Instance Learning, ICML 2018, eq. 8 and 9.) Without the gate the
+sigmoid factor is 1.
+
+The CPU path computes all of it piece by piece with each piece in cache, keeps only ``h`` and the activated gate for the
+backward pass, and never builds a gradient as large as ``h``. On a slide of 50,000 x 1024 that and the products of
+:mod:`kernels.dense` are most of a training step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels.dense import (
+    BACKWARD_ROWS,
+    FORWARD_ROWS,
+    Activation,
+    Backend,
+    cpu_path_serves,
+    linear,
+    pieces,
+    project,
+    weight_gradient,
+)
+from kernels.segment import dot, pool, segment_ids, segment_softmax, segment_weighted_sum
+
+MASKED = -1e9  # the score of a hidden instance; finite, so that a bag with every instance hidden keeps its softmax
+
+# Mean instances per bag from which the CPU path's cut of each piece at bag boundaries pays.
+_LONG_BAG = 64
+
+
+class AttentionPool(NamedTuple):
+    """What :func:`gated_attention_pool` gives for ``R`` rows, ``B`` bags, ``T`` instances."""
+
+    pooled: Tensor  # (B, R, H); zeros for an empty bag
+    weights: Tensor  # (R, T)
+    scores: Tensor  # (R, T), hidden instances at MASKED
+
+
+class AttentionWeights(NamedTuple):
+    """The parameters of :func:`gated_attention_pool`: embed (H, D), gate (2A, H) or (A, H), score (R, A).
+
+    The gate's first A rows feed the tanh, the second A rows the sigmoid; with A rows there is no sigmoid.
+    """
+
+    embed: Tensor
+    embed_bias: Tensor | None
+    gate: Tensor
+    gate_bias: Tensor
+    score: Tensor
+    score_bias: Tensor
+
+
+Hide = Callable[[Tensor], Tensor]
+
+
+def gated_attention_pool(
+    x: Tensor,
+    params: AttentionWeights,
+    cu_seqlens: Tensor,
+    *,
+    hide: Hide | None = None,
+    activation: Activation = "relu",
+    dropout: float = 0.0,
+    backend: Backend = "auto",
+) -> AttentionPool:
+    """Pool packed bags ``x (T, D)``; see the module for the equations.
+
+    Args:
+        hide: given the scores (R, T), says which instances each row must not see, (R, T) bool; not differentiated.
+        activation: of the embedding.
+        dropout: probability on the embedding; leave at 0 outside training.
+        backend: ``"cpu"`` forces the fused path, ``"torch"`` the reference; ``"auto"`` takes the fused path for
+            float32 on the CPU without dropout, when the bags are long enough to gain.
+    """
+    fusable = activation == "relu" and dropout == 0
+    if backend == "cpu" and not fusable:
+        raise ValueError(
+            f"the fused path has no dropout and ReLU only; got dropout={dropout}, activation={activation!r}"
+        )
+    if backend == "cpu" or (backend == "auto" and fusable and _fused_serves(x, params, cu_seqlens)):
+        return AttentionPool(*_FusedPool.apply(x, cu_seqlens, hide, *params))
+    hidden = linear(x, params.embed, params.embed_bias, activation, backend)
+    return attention_pool(F.dropout(hidden, dropout), params, cu_seqlens, hide=hide)
+
+
+def attention_pool(
+    hidden: Tensor, params: AttentionWeights, cu_seqlens: Tensor, *, hide: Hide | None = None, gate_dropout: float = 0.0
+) -> AttentionPool:
+    """The same from the embedding ``hidden (T, H)`` on, in plain PyTorch; the definition of correct."""
+    scores = attention_scores(hidden, params, gate_dropout)
+    if hide is not None:
+        scores = scores.masked_fill(hide(scores.detach()), MASKED)
+    weights = segment_softmax(scores, cu_seqlens)
+    return AttentionPool(segment_weighted_sum(weights, hidden, cu_seqlens), weights, scores)
+
+
+def attention_scores(hidden: Tensor, params: AttentionWeights, gate_dropout: float = 0.0) -> Tensor:
+    """Scores (R, T) of ``hidden (T, H)``, float32 at least; ``gate_dropout`` falls on both factors of the gate."""
+    gate = linear(hidden, params.gate, params.gate_bias)
+    if _is_gated(params):
+        tanh, sigmoid = gate.chunk(2, -1)
+        gate = F.dropout(tanh.tanh(), gate_dropout) * F.dropout(sigmoid.sigmoid(), gate_dropout)
+    else:
+        gate = F.dropout(gate.tanh(), gate_dropout)
+    scores = F.linear(gate, params.score, params.score_bias).t()
+    return scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
+
+
+def _is_gated(params: AttentionWeights) -> bool:
+    return len(params.gate) == 2 * params.score.shape[1]
+
+
+def _fused_serves(x: Tensor, params: AttentionWeights, cu_seqlens: Tensor) -> bool:
+    return cpu_path_serves(x, params.embed) and len(x) >= _LONG_BAG * (cu_seqlens.numel() - 1)
+
+
+class _FusedPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cu_seqlens: Tensor, hide: Hide | None, *weights: Tensor) -> tuple[Tensor, ...]:
+        params = AttentionWeights(*weights)
+        total, dtype = len(x), params.embed.dtype
+        gated = _is_gated(params)
+        width = params.score.shape[1]
+        training = any(ctx.needs_input_grad)
+        hidden = params.embed.new_empty(total, len(params.embed))
+        gates = params.embed.new_empty(total if training else 0, len(params.gate))
+        scores = params.embed.new_empty(len(params.score), total)
+        for rows in pieces(total, FORWARD_ROWS):
+            piece = torch.clamp_min(project(x[rows].to(dtype), params.embed, params.embed_bias), 0, out=hidden[rows])
+            gate = project(piece, params.gate, params.gate_bias)
+            gate[:, :width].tanh_()
+            if gated:
+                gate[:, width:].sigmoid_()
+            if training:
+                gates[rows] = gate
+            product = gate[:, :width] * gate[:, width:] if gated else gate
+            scores[:, rows] = F.linear(product, params.score, params.score_bias).t()
+        mask = None if hide is None else hide(scores)
+        if mask is not None:
+            scores.masked_fill_(mask, MASKED)
+        attention = segment_softmax(scores, cu_seqlens)
+        pooled = pool(attention, hidden, cu_seqlens, "per_bag")
+        ctx.save_for_backward(x, cu_seqlens, hidden, gates, attention, mask, *params)
+        ctx.set_materialize_grads(False)
+        return pooled, attention, scores
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, cu_seqlens, hidden, gates, attention, mask, *weights = ctx.saved_tensors
+        params = AttentionWeights(*weights)
+        d_pooled, d_attention, d_masked = grads
+        d_scores = _score_gradient(d_pooled, d_attention, d_masked, attention, hidden, cu_seqlens, mask)
+        d_x = params.embed.new_empty(x.shape) if ctx.needs_input_grad[0] else None
+        d_params = AttentionWeights(*(None if p is None else torch.zeros_like(p) for p in params))  # type: ignore[arg-type]
+        d_params.score_bias.copy_(d_scores.sum(1))
+        cuts = cu_seqlens.tolist()
+        back_through_gate = params.gate.t().contiguous()
+        bag = 0
+        for rows in pieces(len(x), BACKWARD_ROWS):
+            d_hidden = _gate_backward(d_scores[:, rows], hidden[rows], gates[rows], params, d_params, back_through_gate)
+            if d_pooled is not None:
+                # What the weighted sum sends back to each instance, cut where this piece crosses into the next bag.
+                start = rows.start
+                while start < rows.stop:
+                    while cuts[bag + 1] <= start:
+                        bag += 1
+                    end = min(cuts[bag + 1], rows.stop)
+                    part = d_hidden[start - rows.start : end - rows.start]
+                    part.addmm_(attention[:, start:end].t(), d_pooled[bag])
+                    start = end
+            d_hidden = torch.ops.aten.threshold_backward(d_hidden, hidden[rows], 0)
+            d_params.embed.add_(weight_gradient(d_hidden, x[rows].to(hidden.dtype)))
+            if d_params.embed_bias is not None:
+                d_params.embed_bias.add_(d_hidden.sum(0))
+            if d_x is not None:
+                torch.mm(d_hidden, params.embed, out=d_x[rows])
+        return (None if d_x is None else d_x.to(x.dtype)), None, None, *d_params
+
+
+def _score_gradient(
+    d_pooled: Tensor | None,
+    d_attention: Tensor | None,
+    d_scores: Tensor | None,
+    attention: Tensor,
+    hidden: Tensor,
+    cu_seqlens: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    """Gradient of the scores before masking, (R, T), from those of the three outputs."""
+    through_sum = None if d_pooled is None else dot(d_pooled, hidden, cu_seqlens, "per_bag")
+    arriving = [grad for grad in (d_attention, through_sum) if grad is not None]
+    total = torch.zeros_like(attention) if d_scores is None else d_scores.clone()
+    if arriving:
+        product = (arriving[0] if len(arriving) == 1 else arriving[0] + arriving[1]) * attention
+        if cu_seqlens.numel() == 2:
+            mean = product.sum(1, keepdim=True)
+        else:
+            ids = segment_ids(cu_seqlens, product.shape[1])
+            mean = product.new_zeros(len(product), cu_seqlens.numel() - 1).index_add_(1, ids, product)[:, ids]
+        total += product.addcmul_(attention, mean, value=-1)
+    return total if mask is None else total.masked_fill_(mask, 0)
+
+
+def _gate_backward(
+    d_scores: Tensor,
+    hidden: Tensor,
+    gates: Tensor,
+    params: AttentionWeights,
+    d_params: AttentionWeights,
+    gate_t: Tensor,
+) -> Tensor:
+    """Add one piece's gradients of the gate and score layers to ``d_params``; return that of ``hidden``."""
+    width = params.score.shape[1]
+    d_product = d_scores.t() @ params.score
+    if _is_gated(params):
+        tanh, sigmoid = gates[:, :width], gates[:, width:]
+        d_params.score.addmm_(d_scores, tanh * sigmoid)
+        d_gate = torch.empty_like(gates)
+        # d tanh = d * sigmoid * (1 - tanh^2); d sigmoid = d * tanh * sigmoid * (1 - sigmoid)
+        torch.mul(d_product, sigmoid, out=d_gate[:, :width])
+        torch.mul(d_gate[:, :width], tanh, out=d_gate[:, width:])
+        d_gate[:, width:].addcmul_(d_gate[:, width:], sigmoid, value=-1)
+        d_gate[:, :width].sub_(d_gate[:, :width] * tanh.square())
+    else:
+        d_params.score.addmm_(d_scores, gates)
+        d_gate = d_product.sub_(d_product * gates.square())
+    d_params.gate.add_(weight_gradient(d_gate, hidden))
+    d_params.gate_bias.add_(d_gate.sum(0))
+    return project(d_gate, gate_t)

@@ -1,0 +1,1 @@
+"""Whole-slide-image classification by multiple instance learning: from slides to heat maps."""

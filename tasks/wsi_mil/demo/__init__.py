@@ -1,0 +1,5 @@
+"""The embedded demo: a small cohort of synthetic H&E slides, made on first use and kept outside the repository."""
+
+from tasks.wsi_mil.demo.cohort import DemoCohort, cache_folder, make_cohort
+
+__all__ = ["DemoCohort", "cache_folder", "make_cohort"]

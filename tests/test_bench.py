@@ -1,0 +1,60 @@
+"""The benchmark command: tables, JSON, absent sections, misspelt tasks."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tasks import bench
+from tasks.common.bench import BenchRow
+
+
+def rows() -> Iterator[BenchRow]:
+    """What a section gives; this module stands in for one."""
+    yield BenchRow("a step", ours=0.05, peer=0.1, peer_name="the peer", peak_mb=1234.5)
+    yield BenchRow("reading", ours=90.0, peer=100.0, peer_name="bare reads", unit="tiles/s")
+
+
+def test_ratios_above_one_say_that_ours_is_better() -> None:
+    assert [row.ratio for row in rows()] == pytest.approx([2.0, 0.9])
+
+
+def test_rows_are_printed_and_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(bench, "module_name", lambda task, section: __name__)
+    monkeypatch.setattr(bench, "SECTIONS", {"wsi_mil": ("training",)})
+    assert bench.main(["wsi_mil", "--json", str(tmp_path / "rows.json")]) == 0
+    printed = capsys.readouterr().out
+    for expected in ("50.0 ms", "100.0 ms", "2.00", "1,234 MB", "the peer", "90 tiles/s", "0.90"):
+        assert expected in printed
+    written = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["name"] for row in written] == ["a step", "reading"]
+    assert written[0]["ratio"] == pytest.approx(2.0)
+
+
+def test_a_section_that_is_not_there_is_said_to_be_absent(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "SECTIONS", {"wsi_mil": ("nothing",)})
+    assert bench.main([]) == 0
+    assert "wsi_mil nothing: absent, there is no tasks.wsi_mil.bench_nothing" in capsys.readouterr().out
+
+
+def test_a_misspelt_task_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["wsi_mill"]) == 1
+    assert "Did you mean 'wsi_mil'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "shown"),
+    [
+        (0.0123, "s", "12.3 ms"),
+        (2.5, "s", "2.5 s"),
+        (123456.0, "tiles/s", "123,456 tiles/s"),
+        (55.5, "x/s", "55.5 x/s"),
+    ],
+)
+def test_quantities_are_short(value: float, unit: str, shown: str) -> None:
+    assert bench.quantity(value, unit) == shown
