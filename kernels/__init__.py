@@ -1,5 +1,23 @@
-"""Operators shared by every attention module: a reference, a fast CPU path, and one call for both.
+"""Operators shared by every attention module: a reference, a fast path in PyTorch, a Triton path, and one call for all.
 
 This package imports nothing when it is imported; name the operator's own module, as in
-``from kernels.segment import segment_softmax``.
+``from kernels.segment import segment_softmax``. ``kernels.explain("neighborhood_attention", q, k, v, kernel_size=7)``
+says which implementation that call would take, and why.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kernels.backend import configure, explain, using
+
+__all__ = ["configure", "explain", "using"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from kernels import backend
+
+        return getattr(backend, name)
+    raise AttributeError(f"module 'kernels' has no attribute '{name}'")

@@ -1,0 +1,39 @@
+"""Registering operators with ``torch.library``."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def custom_op(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator: register a function as ``torch.ops.fovea.<name>``, opaque to ``torch.compile``.
+
+    The body runs with autocast off: the public function has already chosen the dtypes, and scores must not fall back to
+    half precision within. It must return fresh contiguous tensors, no inputs or views of them.
+    """
+
+    def register(function: Callable[..., Any]) -> Any:
+        @functools.wraps(function)
+        def body(*args: Any, **kwargs: Any) -> Any:
+            device = next(a.device.type for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+            with torch.autocast(device, enabled=False):
+                return function(*args, **kwargs)
+
+        schema = torch.library.infer_schema(function, mutates_args=())
+        return torch.library.custom_op(f"fovea::{name}", body, mutates_args=(), schema=schema)
+
+    return register
+
+
+def autocast_to(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the autocast dtype of their device where autocast is on, else as they are."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) for t in tensors)
