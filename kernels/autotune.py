@@ -8,12 +8,14 @@ folder.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
 import math
 import os
 import tempfile
 from collections.abc import Callable, Hashable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,9 +81,8 @@ def forget() -> None:
 
 def _name(kernel: Any, key: Sequence[Hashable], device: torch.device) -> str:
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    source = hashlib.sha256(kernel.src.encode()).hexdigest()[:12]
-    versions = f"torch {torch.__version__}"
-    return f"{gpu} | {versions} | {kernel.__name__} {source} | {' '.join(map(str, key))}"
+    source = hashlib.sha256(inspect.getsource(kernel.fn).encode()).hexdigest()[:12]
+    return f"{gpu} | triton {metadata.version('triton')} | {kernel.__name__} {source} | {' '.join(map(str, key))}"
 
 
 def _time(call: Callable[[], None], timer: Timer) -> float:

@@ -25,7 +25,7 @@ def forward(
     q, k, v = _dense_heads(q, k, v)
     out = q.new_empty(*q.shape[:2], v.shape[2])
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
-    configs = _configs(q, v, backward=False)
+    configs = _configs(q, v, "forward")
     block = configs[0].constants["BLOCK"]
     launch(
         attention_forward,
@@ -60,7 +60,7 @@ def backward(
     d_q, d_k, d_v = (t.new_empty(t.shape) for t in (q, k, v))
     delta = torch.empty_like(lse)
     operands = _operands(q, k, v, cu_q, cu_k, key_bias, causal, scale)
-    configs = _configs(q, v, backward=True)
+    configs = _configs(q, v, "queries")
     block = configs[0].constants["BLOCK"]
     launch(
         query_gradient,
@@ -79,12 +79,14 @@ def backward(
     )
     # One row per query head; heads that share a bias are summed below.
     d_bias = None if key_bias is None else lse.new_empty(q.shape[1], k.shape[0])
+    configs = _configs(q, v, "keys", more=q.shape[1] > k.shape[1] or key_bias is not None)
+    keys_block = configs[0].constants["BLOCK"]
     launch(
         key_gradients,
-        lambda c: (_blocks(k, cu_k, block), k.shape[1]),
+        lambda c: (_blocks(k, cu_k, keys_block), k.shape[1]),
         {
             **operands,
-            "block_ends": _block_ends(cu_k, block),
+            "block_ends": _block_ends(cu_k, keys_block),
             "grad_out": grad_out,
             "lse": lse,
             "delta": delta,
@@ -141,16 +143,24 @@ def _block_ends(cu_seqlens: Tensor, block: int) -> Tensor:
     return torch.div(cu_seqlens.diff() + block - 1, block, rounding_mode="floor").cumsum(0).to(torch.int32)
 
 
-def _configs(q: Tensor, v: Tensor, backward: bool) -> list[Config]:
-    """Tiles by the width of a head, chosen so that nothing spills; exact float32 products need many registers."""
+def _configs(q: Tensor, v: Tensor, kernel: str, more: bool = False) -> list[Config]:
+    """Tiles by the width of a head, chosen so that nothing spills; exact float32 products need many registers.
+
+    Args:
+        kernel: ``forward``, ``queries`` or ``keys``.
+        more: whether the keys' kernel also loops over grouped heads or sums a bias.
+    """
     if interpreting():
         return [Config({"BLOCK": 16, "BLOCK_N": 16})]
     width = triton.next_power_of_2(max(q.shape[2], v.shape[2], 16))
     if q.dtype == torch.float32:
         block, block_n = {16: (64, 64), 32: (64, 64), 64: (32, 32)}.get(width, (16, 16))
-        return [Config({"BLOCK": block, "BLOCK_N": block_n}, 8, 1)]
-    if width <= 32:
-        return [Config({"BLOCK": 64, "BLOCK_N": 64}, 4, 2)]
+        # The widest heads in float32 are rare; their rows do not fit the registers at any tile size.
+        return [Config({"BLOCK": block, "BLOCK_N": block_n}, 8, 1, spills=288 if width > 128 else 0)]
+    if width <= 64:
+        if kernel == "keys" and (more or width == 64):
+            return [Config({"BLOCK": 32, "BLOCK_N": 32}, 4, 2)]
+        return [Config({"BLOCK": 64, "BLOCK_N": 64 if width <= 32 or kernel == "forward" else 32}, 4, 2)]
     if width <= 128:
-        return [Config({"BLOCK": 64, "BLOCK_N": 32 if backward else 64}, 8 if backward else 4, 2)]
-    return [Config({"BLOCK": 32, "BLOCK_N": 32}, 4, 1 if backward else 2)]
+        return [Config({"BLOCK": 64, "BLOCK_N": 64 if kernel == "forward" else 32}, 4 if kernel == "forward" else 8, 2)]
+    return [Config({"BLOCK": 32, "BLOCK_N": 32}, 4, 2 if kernel == "forward" else 1)]
