@@ -135,7 +135,7 @@ class _Settings:
 def _from_environment() -> _Settings:
     backend = os.environ.get("FOVEA_KERNELS", "auto")
     if backend not in BACKENDS:
-        raise unknown_name("environment variable FOVEA_KERNELS: backend", backend, BACKENDS)
+        raise unknown_name("kernels.backend (FOVEA_KERNELS)", backend, BACKENDS)
     return _Settings(backend, os.environ.get("FOVEA_AUTOTUNE", "0") == "1")
 
 

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 CONFIGURATION = "pkg://conf"
 # Groups whose choice may also be a name outside conf/: a class of the user's own, or any timm model.
 OPEN_GROUPS = ("attention", "backbone")
+# The kernels' settings as environment variables, with what the user has put there.
+KERNEL_VARIABLES = {
+    "backend": ("FOVEA_KERNELS", os.environ.get("FOVEA_KERNELS")),
+    "autotune": ("FOVEA_AUTOTUNE", os.environ.get("FOVEA_AUTOTUNE")),
+}
 # Sections that take any key: handed on as they stand to a class that checks them.
 OPEN_SECTIONS = ("attention.", "trainer.", "backbone.params.", "hydra.")
 
@@ -84,6 +89,7 @@ def _compose_and_run(task: Task, arguments: list[str]) -> int:
         overrides = list(settings.overrides.task)
         _start_logging()
         try:
+            _choose_kernels(cfg)
             outcomes.append((overrides, out, task.run(cfg, out)))
         except Exception as error:
             sentence = input_error_in(error)
@@ -117,6 +123,25 @@ def _compose_and_run(task: Task, arguments: list[str]) -> int:
     for failure in failures:
         _say(failure)
     return 2 if failures else 0
+
+
+def _choose_kernels(cfg: DictConfig) -> None:
+    """Hand ``kernels.*`` on through the environment, which worker processes inherit and which needs no import yet."""
+    chosen = cfg.get("kernels") or {}
+    if (backend := str(chosen.get("backend", "auto"))) not in choices_of("kernels"):
+        raise unknown_name("kernels.backend", backend, choices_of("kernels"))
+    for name, value in (("backend", backend), ("autotune", chosen.get("autotune", False))):
+        variable, unset = KERNEL_VARIABLES[name]
+        if value not in ("auto", False):
+            os.environ[variable] = str(int(value)) if isinstance(value, bool) else value
+        elif unset is None:
+            os.environ.pop(variable, None)
+        else:
+            os.environ[variable] = unset
+    if "kernels.backend" in sys.modules:  # an earlier job of a sweep has read the environment
+        import kernels
+
+        kernels.configure(os.environ.get("FOVEA_KERNELS", "auto"), os.environ.get("FOVEA_AUTOTUNE", "0") == "1")
 
 
 def _remove_if_empty(folder: Path) -> None:

@@ -68,10 +68,10 @@ def demo_when_no_data_are_named(overrides: list[str]) -> list[str]:
 TASK = Task(
     name="wsi_mil",
     run=run,
-    groups=("attention", "backbone", "data", "trainer"),
+    groups=("attention", "backbone", "data", "trainer", "kernels"),
     examples=EXAMPLES,
     adjust=demo_when_no_data_are_named,
-    help_files=("data/cohort.yaml", "predict/default.yaml"),
+    help_files=("data/cohort.yaml", "predict/default.yaml", "kernels/auto.yaml"),
 )
 
 if __name__ == "__main__":

@@ -56,6 +56,8 @@ def test_help_shows_groups_options_and_examples_without_heavy_imports(tmp_path: 
         (["action=evaluat"], "Did you mean 'evaluate'?"),
         (["action=evaluate"], "checkpoint="),
         (["nonsense"], "key=value"),
+        (["kernels=tritn"], "Did you mean 'triton'?"),
+        (["kernels.backend=tritn"], "Did you mean 'triton'?"),
         ([f"out={__file__}/x"], "is a file; choose a folder"),
         (["--config-path", "nowhere"], "holds no config.yaml"),
     ],
@@ -75,3 +77,19 @@ def test_a_failed_job_of_a_sweep_does_not_take_the_others_with_it(tmp_path: Path
     sentences = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(sentences) == 2
     assert "Traceback" not in done.stderr
+
+
+def test_the_kernels_implementation_is_an_option_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    import kernels
+    from kernels.backend import choose
+    from tasks.common import cli
+
+    monkeypatch.setitem(cli.KERNEL_VARIABLES, "backend", ("FOVEA_KERNELS", None))
+    monkeypatch.delenv("FOVEA_KERNELS", raising=False)
+    try:
+        for chosen, reason in (("reference", "backend='reference' of the process"), ("auto", "")):
+            cli._choose_kernels({"kernels": {"backend": chosen, "autotune": False}})  # type: ignore[arg-type]
+            assert os.environ.get("FOVEA_KERNELS", "auto") == chosen
+            assert choose("varlen_attention", "auto", []).reason.startswith(reason)
+    finally:
+        kernels.configure("auto", False)
