@@ -1,6 +1,6 @@
 """Every operator beside its peers in one run.
 
-    python -m kernels.bench [OPERATOR ...] [--device cpu|cuda] [--json FILE] [--static]
+    python -m kernels.bench [OPERATOR ...] [--device cpu|cuda] [--json FILE] [--markdown FILE] [--static]
 
 An operator's cases are in ``kernels.<operator>.bench`` with ``cases(device) -> Iterator[Case]``. ``--static`` prints
 what each Triton kernel compiles to instead; it needs no GPU.
@@ -15,7 +15,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("operator", nargs="*", help="which operators (default: all)")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is a GPU")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write tables to FILE, as in RESULTS.md")
     parser.add_argument("--static", action="store_true", help="compile every Triton kernel and print its resources")
     chosen = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 180, soft_wrap=False)
@@ -84,7 +85,9 @@ def _measure(chosen: argparse.Namespace, console: Console) -> int:
             console.print(table(case.name, results))
             everything += results
     if chosen.json is not None:
-        _write_json(chosen.json, {"machine": about, "results": [asdict(result) for result in everything]})
+        write_json(chosen.json, {"machine": about, "results": [asdict(result) for result in everything]})
+    if chosen.markdown is not None:
+        write(chosen.markdown, markdown(about, everything))
     return 0
 
 
@@ -162,6 +165,23 @@ def table(title: str, results: Sequence[Result]) -> Table:
     return shown
 
 
+def markdown(about: Mapping[str, str], results: Sequence[Result]) -> str:
+    """The results as Markdown, one table for each case."""
+    lines = [f"* {name}: {value}" for name, value in about.items()]
+    for case in dict.fromkeys(result.case for result in results):
+        rows = [result for result in results if result.case == case]
+        lines += ["", f"### {case}", "", f"Ratios against {rows[0].baseline}; above 1 is faster.", ""]
+        lines += ["| implementation | forward | ratio | forward+backward | ratio | of roofline | peak memory |"]
+        lines += ["|---|---:|---:|---:|---:|---:|---:|"]
+        for r in rows:
+            cells = [_seconds(r.forward), _number(r.forward_ratio), _seconds(r.both), _number(r.both_ratio)]
+            cells += ["" if r.roofline is None else f"{r.roofline:.0%}"]
+            cells += ["" if r.memory is None else f"{r.memory / 1e6:.0f} MB"]
+            name = f"{r.contestant} (absent: {r.note})" if r.note else r.contestant
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def _seconds(value: float | None) -> str:
     return "" if value is None else f"{value * 1e3:.3f} ms" if value < 1 else f"{value:.2f} s"
 
@@ -179,7 +199,7 @@ def _static(chosen: argparse.Namespace, console: Console) -> int:
     rows = list(_with_count(compile_all(chosen.operator), console))
     console.print(static_table(rows))
     if chosen.json is not None:
-        _write_json(chosen.json, [asdict(row) for row in rows])
+        write_json(chosen.json, [asdict(row) for row in rows])
     broken = [row for row in rows if row.problem]
     for row in broken:
         where = f"{row.operator} {row.kernel} ({row.case}; {row.config}; sm_{row.capability})"
@@ -215,10 +235,16 @@ def static_table(rows: Sequence[Compiled]) -> Table:
     return shown
 
 
-def _write_json(path: Path, content: object) -> None:
+def write_json(path: Path, content: object) -> None:
+    """Write ``content``, complete or not at all."""
+    write(path, json.dumps(content, indent=1))
+
+
+def write(path: Path, text: str) -> None:
+    """Write ``text``, complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(content, indent=1))
+    temporary.write_text(text)
     temporary.replace(path)
 
 

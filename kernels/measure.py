@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import os
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -51,7 +55,7 @@ class Case:
 
 @dataclass
 class Result:
-    """Medians of one contestant, in seconds; ``memory`` is the peak beyond the inputs in bytes, on a GPU."""
+    """Medians of one contestant, in seconds; ``memory`` is the peak of forward and backward in bytes, without inputs."""
 
     case: str
     contestant: str
@@ -142,9 +146,9 @@ def run_case(case: Case, machine: Machine, device: torch.device, seconds: float 
     trained = [c for c in present if c.leaves]
     for name, time_ in _take_turns({c.name: both(c) for c in trained}, device, seconds).items():
         results[name].both = time_
-    if device.type == "cuda":
-        for contestant in trained:
-            results[contestant.name].memory = _peak_memory(both(contestant), device)
+    for contestant in trained:
+        measure = _peak_memory if device.type == "cuda" else _peak_memory_cpu
+        results[contestant.name].memory = measure(both(contestant), device)
     base = results[case.baseline]
     for result in results.values():
         if result.forward is not None and base.forward is not None:
@@ -199,3 +203,31 @@ def _peak_memory(call: Callable[[], object], device: torch.device) -> int:
     call()
     torch.cuda.synchronize(device)
     return int(torch.cuda.max_memory_allocated(device) - before)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """The profiler's library writes to standard error from outside Python."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _peak_memory_cpu(call: Callable[[], object], device: torch.device) -> int | None:
+    """Largest sum of what the allocator has handed out during the call, from the profiler's trace."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        call()
+    try:
+        events = trace.profiler.kineto_results.events()
+        changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    except AttributeError:  # the trace's inner form is not promised
+        return None
+    return int(max(itertools.accumulate((size for _, size in changes), initial=0)))
