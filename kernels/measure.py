@@ -55,7 +55,7 @@ class Case:
 
 @dataclass
 class Result:
-    """Medians of one contestant, in seconds; ``memory`` is the peak of forward and backward in bytes, without inputs."""
+    """Medians of one contestant, in seconds; ``memory`` is the peak of forward and backward in bytes, inputs apart."""
 
     case: str
     contestant: str

@@ -50,7 +50,7 @@ def test_ratios_are_against_the_baseline_and_absent_peers_are_named() -> None:
 
 
 def test_a_wrong_answer_is_not_timed() -> None:
-    with pytest.raises(InputError, match="fovea is 5.0e-01 away from slow"):
+    with pytest.raises(InputError, match=r"fovea is 5\.0e-01 away from slow"):
         run_case(make_case(3.0), Machine(1e9), CPU, seconds=0.01)
 
 
