@@ -19,7 +19,8 @@ import torch
 from tasks.common.bench import BenchRow, peak_memory_mb
 from tasks.wsi_mil.cohort import SlideFile
 from tasks.wsi_mil.extract import ReadTask, TileBatches, available_cores
-from tasks.wsi_mil.prepare import PrepareOptions, prepare_cohort
+from tasks.wsi_mil.prepare import prepare_cohort
+from tasks.wsi_mil.prepare_options import PrepareOptions
 from tasks.wsi_mil.slides import open_slide
 from tasks.wsi_mil.tiling import plan_tiles, reading_order
 from tasks.wsi_mil.tissue import TissueOptions

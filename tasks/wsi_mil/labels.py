@@ -12,8 +12,9 @@ import pandas as pd
 from kernels.errors import InputError, unknown_name
 from tasks.common.files import safe_id
 from tasks.common.tables import read_table
+from tasks.common.weighted_metrics import Kind
 from tasks.wsi_mil.features import BagInfo
-from tasks.wsi_mil.targets import Kind, infer_kind
+from tasks.wsi_mil.targets import infer_kind
 
 log = logging.getLogger(__name__)
 

@@ -151,7 +151,8 @@ class Predictor:
         if not items:
             return {}
         from tasks.wsi_mil.cohort import SlideFile
-        from tasks.wsi_mil.prepare import feature_path, prepare_cohort
+        from tasks.wsi_mil.cohort_work import feature_path
+        from tasks.wsi_mil.prepare import prepare_cohort
 
         encoder = rebuild_encoder(self.classifier.encoder, self.cfg.backbone)
         slides = [SlideFile(item.slide_id, item.slide) for item in items if item.slide is not None]

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from kernels.errors import InputError
 from tasks.wsi_mil.extract import weights_fingerprint
-from tasks.wsi_mil.prepare import PrepareOptions
+from tasks.wsi_mil.prepare_options import PrepareOptions
 from tasks.wsi_mil.tissue import TissueOptions
 
 if TYPE_CHECKING:

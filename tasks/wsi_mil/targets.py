@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.errors import InputError, unknown_name
-
-Kind = Literal["binary", "multiclass", "multilabel", "ordinal"]
+from tasks.common.weighted_metrics import Kind
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,13 @@ import torch
 from omegaconf import OmegaConf
 
 from kernels.errors import InputError
-from tasks.wsi_mil import prepare
+from tasks.wsi_mil import cohort_work, prepare
 from tasks.wsi_mil.cohort import SlideFile, SlidesTable, find_slides
 from tasks.wsi_mil.contours import read_geojson
 from tasks.wsi_mil.features import find_bags, read_attributes, read_coords, read_features
 from tasks.wsi_mil.locks import FileLock
-from tasks.wsi_mil.prepare import PrepareOptions, plan_cohort, prepare_cohort, prepare_slide, raise_if_failed
+from tasks.wsi_mil.prepare import plan_cohort, prepare_cohort, prepare_slide, raise_if_failed
+from tasks.wsi_mil.prepare_options import PrepareOptions
 from tasks.wsi_mil.slides import open_slide
 from tasks.wsi_mil.tissue import TissueOptions
 from tests.wsi_mil.slide_files import SmallEncoder, tissue_image, write_pyramid
@@ -311,7 +312,8 @@ SLOW = """
 import sys, time
 from pathlib import Path
 from tasks.wsi_mil.cohort import find_slides
-from tasks.wsi_mil.prepare import PrepareOptions, prepare_cohort
+from tasks.wsi_mil.prepare import prepare_cohort
+from tasks.wsi_mil.prepare_options import PrepareOptions
 from tests.wsi_mil.slide_files import SmallEncoder
 class Slow(SmallEncoder):
     def forward(self, tiles):
@@ -404,9 +406,9 @@ def test_a_full_disk_ends_the_run_with_one_sentence_and_frees_the_locks(
     slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     out = tmp_path / "out"
-    written = prepare.PartialFeatures.append
+    written = cohort_work.PartialFeatures.append
 
-    def full(self: prepare.PartialFeatures, features: np.ndarray, state: np.ndarray) -> None:
+    def full(self: cohort_work.PartialFeatures, features: np.ndarray, state: np.ndarray) -> None:
         if self.path.name == "b.bin":
             # The device that is always full: the same error number from the same call.
             with Path("/dev/full").open("wb", buffering=0) as device:
@@ -417,7 +419,7 @@ def test_a_full_disk_ends_the_run_with_one_sentence_and_frees_the_locks(
 
     if not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full")
-    monkeypatch.setattr(prepare.PartialFeatures, "append", full)
+    monkeypatch.setattr(cohort_work.PartialFeatures, "append", full)
     with pytest.raises(InputError, match=r"cannot write .*b\.bin: the disk is full; free some space"):
         prepare_cohort(find_slides(slides), out, SmallEncoder(), replace(OPTIONS, workers=workers))
     assert list((out / ".locks").iterdir()) == []
