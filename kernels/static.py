@@ -159,7 +159,8 @@ def compile_launch(operator: str, case: str, launch: Launch, capability: int) ->
     from triton.compiler import ASTSource
 
     config: Config = launch.config
-    dtype = next((str(v.dtype).removeprefix("torch.") for v in launch.arguments.values() if isinstance(v, Tensor)), "")
+    tensors = [v for v in launch.arguments.values() if isinstance(v, Tensor) and v.is_floating_point()]
+    dtype = str(tensors[0].dtype).removeprefix("torch.") if tensors else ""
     about: Mapping[str, Any] = {
         "operator": operator,
         "case": f"{case} {dtype}",
