@@ -47,7 +47,7 @@ def neighborhood_av(
     heads_first: bool = True,
     backend: str = "auto",
 ) -> Tensor:
-    """Sum of each window's values with the given weights: ``out[i] = sum over taps p of attn[i, p] value[token(i, p)]``.
+    """Sum of each window's values with given weights: ``out[i] = sum over taps p of attn[i, p] value[token(i, p)]``.
 
     Args:
         attn: (B, H, *grid, P) weights, P the taps of a window; they are used as they are.
@@ -72,7 +72,7 @@ def neighborhood_av(
 
 def _weighted_sum(attn: Tensor, value: Tensor, window: Taps, heads_first: bool, backend: str) -> Tensor:
     if backend == "reference":
-        out = weighted_sum_reference(*(heads_first_view(t, heads_first) for t in (attn, value)), window)
+        out = weighted_sum_reference(heads_first_view(attn, heads_first), heads_first_view(value, heads_first), window)
         return out if heads_first else out.movedim(1, -2)
     return neighborhood_av_forward(
         attn, value, list(window.kernel), list(window.dilation), _padding(window), heads_first, backend
@@ -149,7 +149,7 @@ def neighborhood_qk(
     q, k = autocast_to(q, k)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if choice.backend == "reference":
-        out = products_reference(*(heads_first_view(t, heads_first) for t in (q, k)), rpb, scale, window)
+        out = products_reference(heads_first_view(q, heads_first), heads_first_view(k, heads_first), rpb, scale, window)
         return out if heads_first else out.movedim(1, -2)
     return neighborhood_qk_forward(
         q, k, rpb, scale, list(window.kernel), list(window.dilation), _padding(window), heads_first, choice.backend
@@ -175,7 +175,9 @@ def plan_qk(
     window = taps(grid_of(q, heads_first), kernel_size, dilation, padding)
     expected = (q.shape[1 if heads_first else -2], *window.table)
     if rpb is not None and rpb.shape != expected:
-        raise InputError(f"neighborhood_qk: rpb must be (heads, 2 k - 1 per axis) = {expected}; got {tuple(rpb.shape)}.")
+        raise InputError(
+            f"neighborhood_qk: rpb must be (heads, 2 k - 1 per axis) = {expected}; got {tuple(rpb.shape)}."
+        )
     _check_dtypes("neighborhood_qk", q, k)
     return choose("neighborhood_qk", backend, (q, k, rpb), _refusal(q.shape[-1]))
 
@@ -257,7 +259,7 @@ def outlook(
     padding: int | tuple[int, int] | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Outlook attention's mixing: patches are unfolded, mixed by their own matrix and folded back, ``fold(attn unfold(v))``.
+    """Outlook attention's mixing, ``fold(attn unfold(v))``: every patch by a matrix of its own, summed where they overlap.
 
     Patches and folding never come to be: the matrices of the patches that overlap at a token are summed into one window
     of ``2 K - 1`` tokens around it, which is a zero-padded :func:`neighborhood_av`.

@@ -20,7 +20,7 @@ from torch import Tensor
 from kernels.dynamic_conv.taps import Taps
 
 LEAST_BAND = 64  # tokens; below, a product does not fill the machine
-LARGEST_GRID = 784  # tokens; up to here one band over the whole grid, where windows are a quarter of it, is fastest
+SMALL_GRID = 256  # tokens; up to here one band over the whole grid is as fast as several
 NUMBERS_AT_ONCE = 1 << 22
 
 
@@ -40,7 +40,7 @@ def weighted_sum(weights: Tensor, rows: Tensor, taps: Taps) -> Tensor:
 
 def transposed_sum(weights: Tensor, rows: Tensor, taps: Taps) -> Tensor:
     """(b, N, P) and (b, N, D) to (b, M, D)."""
-    out = rows.new_zeros(len(rows), math.prod(taps.field), rows.shape[2])
+    out = rows.new_zeros(len(rows), taps.places, rows.shape[2])
     for first, last, low, high, index in _runs(taps, weights):
         matrix = _dense(weights[:, first:last], index, high - low)
         out[:, low:high].baddbmm_(matrix.mT, rows[:, first:last])
@@ -82,7 +82,7 @@ def _bands(taps: Taps) -> list[tuple[int, int, int, int]]:
     index = taps.index()
     slice_ = taps.tokens // max(taps.grid[0], 1)
     step = max(math.ceil(LEAST_BAND / max(slice_, 1)), 1) * slice_
-    if taps.tokens <= LARGEST_GRID and 4 * taps.size >= taps.tokens:
+    if taps.tokens <= SMALL_GRID:
         step = taps.tokens
     bands = []
     for first in range(0, taps.tokens, max(step, 1)):

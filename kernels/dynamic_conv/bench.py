@@ -106,9 +106,7 @@ def _shifted(value: Tensor, weights: Tensor, kernel: int) -> Tensor:
 
 def _logits(device: torch.device, dtype: torch.dtype, batch: int, heads: int, side: int, kernel: int) -> Case:
     """Logits with their table, softmax and weighted sum."""
-    q, k, v = (
-        torch.randn(batch, heads, side, side, 32, device=device).to(dtype).requires_grad_() for _ in range(3)
-    )
+    q, k, v = (torch.randn(batch, heads, side, side, 32, device=device).to(dtype).requires_grad_() for _ in range(3))
     rpb = torch.randn(heads, 2 * kernel - 1, 2 * kernel - 1, device=device).to(dtype).requires_grad_()
     where = taps((side, side), kernel, 1, "shift")
     index, relative = where.index().to(device), where.relative().to(device)

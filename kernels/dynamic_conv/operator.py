@@ -6,6 +6,7 @@ order. ``padding`` is ``shift`` or ``zero``, ``backend`` ``triton`` or ``torch``
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -14,7 +15,6 @@ from torch import Tensor
 
 from kernels.dynamic_conv import eager
 from kernels.dynamic_conv.taps import Taps
-from kernels.dynamic_conv.taps import taps as make_taps
 from kernels.operators import custom_op
 
 
@@ -41,7 +41,7 @@ def _path(backend: str) -> ModuleType:
 
 
 def _taps(like: Tensor, kernel: Sequence[int], dilation: Sequence[int], padding: str, heads_first: bool) -> Taps:
-    return make_taps(grid_of(like, heads_first), kernel, dilation, padding)
+    return Taps(grid_of(like, heads_first), tuple(kernel), tuple(dilation), padding == "zero")
 
 
 # ------------------------------------------------------------------------------------------- the windows' weighted sums
@@ -147,8 +147,7 @@ def _(
     heads_first: bool,
     backend: str,
 ) -> Tensor:
-    taps = _taps(q, kernel, dilation, padding, heads_first)
-    return q.new_empty(*q.shape[:-1], taps.size)
+    return q.new_empty(*q.shape[:-1], math.prod(kernel))
 
 
 @custom_op("neighborhood_qk_backward")

@@ -23,21 +23,21 @@ class FoldWeights(torch.autograd.Function):
     def forward(
         ctx: Any, attn: Tensor, grid: tuple[int, int], kernel: tuple[int, int], stride: int, padding: tuple[int, int]
     ) -> Tensor:
-        ctx.settings = (grid, kernel, stride, padding)
+        ctx.settings = (attn.shape[2], attn.shape[3]), grid, kernel, stride, padding
         ctx.shape = attn.shape
         out = attn.new_zeros(*attn.shape[:2], *grid, 2 * kernel[0] - 1, 2 * kernel[1] - 1)
         weights = attn.unflatten(-1, kernel)
-        for of_patches, of_windows in _places(attn.shape[2:4], *ctx.settings):
+        for of_patches, of_windows in _places(*ctx.settings):
             out[of_windows] += weights[of_patches]
         return out.flatten(-2)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grid, kernel, stride, padding = ctx.settings
+        kernel = ctx.settings[2]
         out = grad.new_zeros(ctx.shape)  # a patch's place beyond the grid is dropped and has no gradient
         weights = out.unflatten(-1, kernel)
         windows = grad.unflatten(-1, (2 * kernel[0] - 1, 2 * kernel[1] - 1))
-        for of_patches, of_windows in _places(ctx.shape[2:4], grid, kernel, stride, padding):
+        for of_patches, of_windows in _places(*ctx.settings):
             weights[of_patches] = windows[of_windows]
         return out, None, None, None, None
 

@@ -29,7 +29,9 @@ def products_reference(q: Tensor, k: Tensor, rpb: Tensor | None, scale: float, t
     return logits.unflatten(2, taps.grid).to(q.dtype)
 
 
-def outlook_reference(attn: Tensor, value: Tensor, kernel: tuple[int, int], stride: int, padding: tuple[int, int]) -> Tensor:
+def outlook_reference(
+    attn: Tensor, value: Tensor, kernel: tuple[int, int], stride: int, padding: tuple[int, int]
+) -> Tensor:
     """(B, H, h, w, P, P) and (B, H, *grid, D) to (B, H, *grid, D), by unfolding the patches and folding them back."""
     batch, heads, *grid, width = value.shape
     precise = torch.promote_types(value.dtype, torch.float32)

@@ -20,6 +20,7 @@ from kernels.dynamic_conv.taps import Taps
 # Heads are stacked as a block diagonal until their windows have this many taps: enough to fill the threads, and a
 # pattern of 2 MB.
 TAPS_AT_ONCE = 1 << 19
+MOST_TAPS = 1 << 31  # of a head; places in a pattern are int32
 
 
 @lru_cache(maxsize=1)
@@ -48,9 +49,8 @@ def transposed_sum(weights: Tensor, rows: Tensor, taps: Taps) -> Tensor:
     """(b, N, P) and (b, N, D) to (b, M, D): what each token is given by the windows that hold it."""
     starts, columns, order = _transposed_pattern(taps, heads_at_once(taps))
     values = weights.flatten(1).index_select(1, order).flatten()
-    field = len(starts) // heads_at_once(taps)
-    matrix = _matrix(values, starts, columns, len(weights), field, taps.tokens)
-    return (matrix @ rows.flatten(0, 1)).view(len(weights), field, -1)
+    matrix = _matrix(values, starts, columns, len(weights), taps.places, taps.tokens)
+    return (matrix @ rows.flatten(0, 1)).view(len(weights), taps.places, -1)
 
 
 def products(q: Tensor, k: Tensor, scale: float, taps: Taps) -> Tensor:
@@ -76,9 +76,8 @@ def _matrix(values: Tensor, starts: Tensor, columns: Tensor, heads: int, height:
 def _pattern(taps: Taps, heads: int) -> tuple[Tensor, Tensor]:
     """Starts of the rows and columns of a block diagonal, int32 as MKL takes them."""
     index = taps.index()
-    width = _field(taps)
     starts = torch.arange(0, heads * index.numel() + 1, taps.size, dtype=torch.int32)
-    return starts, (index + width * torch.arange(heads)[:, None, None]).flatten().to(torch.int32)
+    return starts, (index + taps.places * torch.arange(heads)[:, None, None]).flatten().to(torch.int32)
 
 
 @lru_cache(maxsize=16)
@@ -86,15 +85,8 @@ def _transposed_pattern(taps: Taps, heads: int) -> tuple[Tensor, Tensor, Tensor]
     """Those of the transposed matrix, and of each of a head's values its place in the weights."""
     index = taps.index().flatten()
     order = index.argsort(stable=True)
-    starts = index.bincount(minlength=_field(taps)).cumsum(0)
+    starts = index.bincount(minlength=taps.places).cumsum(0)
     starts = (starts + index.numel() * torch.arange(heads)[:, None]).flatten()
     columns = order // taps.size + taps.tokens * torch.arange(heads)[:, None]
     starts = torch.cat([starts.new_zeros(1), starts])
     return starts.to(torch.int32), columns.flatten().to(torch.int32), order.to(torch.int32)
-
-
-def _field(taps: Taps) -> int:
-    size = 1
-    for length in taps.field:
-        size *= length
-    return size

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +57,11 @@ class Taps:
             return self.grid
         return tuple(n + (k - 1) * d for n, k, d in zip(self.grid, self.kernel, self.dilation, strict=True))
 
+    @property
+    def places(self) -> int:
+        """Tokens of the field, M."""
+        return math.prod(self.field)
+
     def enlarge(self, rows: Tensor) -> Tensor:
         """(..., *grid, D) as (..., M, D) over the field's M tokens."""
         if self.zero:
@@ -105,16 +109,6 @@ def _flat(axes: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
     return flat
 
 
-@lru_cache(maxsize=512)
-def _checked(grid: tuple[int, ...], kernel: tuple[int, ...], dilation: tuple[int, ...], zero: bool) -> Taps:
-    if not zero:
-        window(grid, kernel, dilation=dilation, smallest_kernel=1)
-    for axis, (k, d) in enumerate(zip(kernel, dilation, strict=True)):
-        if k < 1 or d < 1:
-            raise InputError(f"kernel_size={k} and dilation={d} on axis {axis} must be at least 1.")
-    return Taps(grid, kernel, dilation, zero)
-
-
 def taps(grid: Sequence[int], kernel_size: PerAxis, dilation: PerAxis, padding: str) -> Taps:
     """Check the windows of a grid; ``kernel_size`` and ``dilation`` are one value or one per axis.
 
@@ -132,4 +126,10 @@ def taps(grid: Sequence[int], kernel_size: PerAxis, dilation: PerAxis, padding: 
         if len(each) != len(grid):
             raise InputError(f"{name}={each} has {len(each)} values for a grid of {len(grid)} axes.")
         settings.append(each)
-    return _checked(tuple(grid), *settings, padding == "zero")
+    kernel, dilation_ = settings
+    for axis, (k, d) in enumerate(zip(kernel, dilation_, strict=True)):
+        if k < 1 or d < 1:
+            raise InputError(f"kernel_size={k} and dilation={d} on axis {axis} must be at least 1.")
+    if padding == "shift":
+        window(grid, kernel, dilation=dilation_, smallest_kernel=1)
+    return Taps(tuple(grid), kernel, dilation_, padding == "zero")

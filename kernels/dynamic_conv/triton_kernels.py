@@ -132,9 +132,8 @@ def weighted_sum_kernel(
     w1 = _start(tl.minimum(f1 + T1, n1) - 1, kernel1, n1, ZERO) + kernel1 - b1
     w2 = _start(tl.minimum(f2 + T2, n2) - 1, kernel2, n2, ZERO) + kernel2 - b2
     d = tl.arange(0, BLOCK_D)
-    rows = (
-        _offset(x0, x1, x2, g0, g1, g2, dilation0, dilation1, dilation2, attn0, attn1, attn2)
-        - ((s0 * kernel1 + s1) * kernel2 + s2)
+    rows = _offset(x0, x1, x2, g0, g1, g2, dilation0, dilation1, dilation2, attn0, attn1, attn2) - (
+        (s0 * kernel1 + s1) * kernel2 + s2
     )
     attn += batch * attn_batch + head * attn_head
     value += batch * value_batch + head * value_head
@@ -211,9 +210,8 @@ def transposed_sum_kernel(
         s1 = _start(x1, kernel1, n1, ZERO)
         s2 = _start(x2, kernel2, n2, ZERO)
         seen = _seen(k0, k1, k2, s0, s1, s2, kernel0, kernel1, kernel2, DEEP)
-        rows = (
-            _offset(x0, x1, x2, g0, g1, g2, dilation0, dilation1, dilation2, attn0, attn1, attn2)
-            - ((s0 * kernel1 + s1) * kernel2 + s2)
+        rows = _offset(x0, x1, x2, g0, g1, g2, dilation0, dilation1, dilation2, attn0, attn1, attn2) - (
+            (s0 * kernel1 + s1) * kernel2 + s2
         )
         # Neighbouring keys lie side by side in a query's weights: read so, and turn the tile.
         weights = tl.load(
@@ -274,9 +272,8 @@ def products_kernel(
         mask=inside[:, None] & (d < D)[None, :],
         other=0.0,
     )
-    rows = (
-        _offset(x0, x1, x2, g0, g1, g2, dilation0, dilation1, dilation2, out0, out1, out2)
-        - ((s0 * kernel1 + s1) * kernel2 + s2)
+    rows = _offset(x0, x1, x2, g0, g1, g2, dilation0, dilation1, dilation2, out0, out1, out2) - (
+        (s0 * kernel1 + s1) * kernel2 + s2
     )
     k += batch * k_batch + head * k_head
     out += batch * out_batch + head * out_head
@@ -305,9 +302,9 @@ def products_kernel(
         seen = _seen(k0, k1, k2, s0, s1, s2, kernel0, kernel1, kernel2, DEEP) & inside[:, None] & box[None, :]
         if rpb is not None:
             entry = (k0 * across1 + k1) * across2 + k2
-            logits += tl.load(
-                rpb + head * rpb_head + origin[:, None] + entry[None, :], mask=seen, other=0.0
-            ).to(tl.float32)
+            logits += tl.load(rpb + head * rpb_head + origin[:, None] + entry[None, :], mask=seen, other=0.0).to(
+                tl.float32
+            )
         columns = (k0 * kernel1 + k1) * kernel2 + k2
         tl.store(out + rows[:, None] + columns[None, :], logits.to(out.dtype.element_ty), mask=seen)
 
