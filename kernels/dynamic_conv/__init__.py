@@ -259,7 +259,7 @@ def outlook(
     padding: int | tuple[int, int] | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Outlook attention's mixing, ``fold(attn unfold(v))``: every patch by a matrix of its own, summed where they overlap.
+    """Outlook attention's mixing, ``fold(attn unfold(v))``: each patch by its own matrix, summed where patches overlap.
 
     Patches and folding never come to be: the matrices of the patches that overlap at a token are summed into one window
     of ``2 K - 1`` tokens around it, which is a zero-padded :func:`neighborhood_av`.
@@ -293,10 +293,11 @@ def outlook(
         )
     _check_dtypes("outlook", attn, value)
     choice = choose("outlook", backend, (attn, value), _refusal(value.shape[-1]))
-    attn, value = autocast_to(attn, value)
     if choice.backend == "reference":
+        attn, value = autocast_to(attn, value)
         return outlook_reference(attn, value, kernel, stride, margin)
-    weights = FoldWeights.apply(attn, grid, kernel, stride, margin)
+    # Weights are summed in the dtype they come in, which under autocast is that of the softmax, float32.
+    weights, value = autocast_to(FoldWeights.apply(attn, grid, kernel, stride, margin), value)
     window = taps(grid, (2 * kernel[0] - 1, 2 * kernel[1] - 1), 1, "zero")
     return _weighted_sum(weights, value, window, True, choice.backend)
 

@@ -105,6 +105,12 @@ def _seen(k0, k1, k2, s0, s1, s2, kernel0, kernel1, kernel2, DEEP: tl.constexpr)
 
 
 @triton.jit
+def _within(k0, k1, k2, n0, n1, n2):
+    """Whether keys are in their group: one before it is a huge unsigned number."""
+    return (k0.to(tl.uint32) < n0) & (k1.to(tl.uint32) < n1) & (k2.to(tl.uint32) < n2)
+
+
+@triton.jit
 def weighted_sum_kernel(
     attn, value, out, scale, heads,
     length0, length1, length2, kernel0, kernel1, kernel2, dilation0, dilation1, dilation2,
@@ -145,7 +151,7 @@ def weighted_sum_kernel(
         k0 = b0 + j // w2 // w1
         live = j < w0 * w1 * w2
         if ZERO:
-            live &= (k0 >= 0) & (k0 < n0) & (k1 >= 0) & (k1 < n1) & (k2 >= 0) & (k2 < n2)
+            live &= _within(k0, k1, k2, n0, n1, n2)
         seen = _seen(k0, k1, k2, s0, s1, s2, kernel0, kernel1, kernel2, DEEP)
         columns = (k0 * kernel1 + k1) * kernel2 + k2
         weights = tl.load(
@@ -290,7 +296,7 @@ def products_kernel(
         box = j < w0 * w1 * w2
         live = box
         if ZERO:  # a key beyond the grid has a logit all the same
-            live = box & (k0 >= 0) & (k0 < n0) & (k1 >= 0) & (k1 < n1) & (k2 >= 0) & (k2 < n2)
+            live = box & _within(k0, k1, k2, n0, n1, n2)
         k_tile = tl.load(
             k
             + _offset(k0, k1, k2, g0, g1, g2, dilation0, dilation1, dilation2, key0, key1, key2)[:, None]

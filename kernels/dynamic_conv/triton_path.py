@@ -159,7 +159,7 @@ def _configs(rows: Tensor, taps: Taps, biased: bool = False) -> list[Config]:
     """Tiles by window and width, so that nothing spills.
 
     The box of a tile holds many tokens that a query does not see: its size against the window is the waste. Small
-    windows take tiles of 32 tokens, large ones 64. Exact float32 products need many registers.
+    windows take tiles of 32 tokens, large ones and 3-D ones 64. Exact float32 products need many registers.
     """
     axes = len(taps.grid)
     if interpreting():
@@ -167,11 +167,15 @@ def _configs(rows: Tensor, taps: Taps, biased: bool = False) -> list[Config]:
     width = max(triton.next_power_of_2(rows.shape[-1]), 16)
     if rows.dtype == torch.float32:
         return [_config(_tile(axes, 32 if width <= 64 else 16), 32 if width <= 64 else 16, 8 if width > 32 else 4, 1)]
-    if width > 128:
-        return [_config(_tile(axes, 32), 32, 4, 2)]
-    small = _config(_tile(axes, 32), 64, 4, 2)
-    large = _config(_tile(axes, 64), 32 if biased else 64, 4, 2)
-    return [small, large] if max(taps.kernel) <= 7 else [large, small]
+    if width > 128 or (width > 64 and axes == 3):
+        return [_config(_tile(axes, 32), 32, 8, 2)]
+    if axes == 3:
+        return [_config(_tile(axes, 64), 32, 4, 2)]
+    block_n = 64 if width <= 64 else 32
+    small = _config(_tile(axes, 32), block_n, 4, 2)
+    if max(taps.kernel) <= 7:
+        return [small]
+    return [_config(_tile(axes, 64), 32 if biased else block_n, 4, 2), small]
 
 
 def _tile(axes: int, tokens: int) -> tuple[int, int, int]:
