@@ -17,7 +17,7 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """Every width of a head, small and large windows, 1-D to 3-D, both borders, dilation, a table."""
     yield "7 x 7, heads of 16, table", lambda: _call(BFLOAT, 16, (64, 64), 7, biased=True)
     yield "17 x 17, heads of 128", lambda: _call(BFLOAT, 128, (32, 32), 17)
-    yield "11 x 11, heads of 64, table", lambda: _call(BFLOAT, 64, (32, 32), 11, biased=True)
+    yield "11 x 11 dilated, heads of 64, table", lambda: _call(BFLOAT, 64, (32, 32), 11, dilation=2, biased=True)
     yield "9 x 9 x 9, heads of 64, zeros", lambda: _call(BFLOAT, 64, (16,) * 3, 9, padding="zero")
     yield "5 x 5 x 5 dilated, zeros, heads of 256", lambda: _call(BFLOAT, 256, (16,) * 3, 5, dilation=2, padding="zero")
     yield "7 x 7 dilated, zeros, odd width", lambda: _call(FLOAT, 24, (64, 64), 7, dilation=2, padding="zero")

@@ -89,7 +89,7 @@ def table_gradient(d_logits: Tensor, taps: Taps) -> Tensor:
     batch, heads = d_logits.shape[:2]
     rows = batch * taps.tokens
     entries = math.prod(taps.table)
-    config = Config({"BLOCK": 64, "BLOCK_E": 128}) if interpreting() else Config({"BLOCK": 16, "BLOCK_E": 128}, 4, 2)
+    config = Config({"BLOCK": 64, "BLOCK_E": 128}) if interpreting() else Config({"BLOCK": 16, "BLOCK_E": 128}, 8, 1)
     block = config.constants["BLOCK"]
     splits = max(min(SPLITS, triton.cdiv(rows, 4 * block)), 1)
     partial = d_logits.new_empty(splits, heads, entries, dtype=torch.float32)
