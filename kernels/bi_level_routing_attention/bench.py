@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -34,29 +35,19 @@ def cases(device: torch.device) -> Iterator[Case]:
             f"routing B{batch} {side}x{side} regions {region}x{region} heads {heads} topk {topk} "
             f"{str(dtype).removeprefix('torch.')}{order}",
             [
-                Contestant(
-                    "released",
-                    lambda q=q, k=k, v=v, g=graph, r=region, h=heads, s=scale: _gathered(q, k, v, g, r, h, s),
-                    (q, k, v),
-                ),
-                Contestant(
-                    "dense SDPA, mask",
-                    lambda q=q, k=k, v=v, g=graph, r=region, h=heads, s=scale: _masked(q, k, v, g, r, h, s),
-                    (q, k, v),
-                ),
-                Contestant(
-                    "fovea",
-                    lambda q=q, k=k, v=v, g=graph, r=region, h=heads: bi_level_routing_attention(
-                        q, k, v, r, region_graph=g, num_heads=h
-                    )[0],
-                    (q, k, v),
-                ),
+                Contestant("released", partial(_gathered, q, k, v, graph, region, heads, scale), (q, k, v)),
+                Contestant("dense SDPA, mask", partial(_masked, q, k, v, graph, region, heads, scale), (q, k, v)),
+                Contestant("fovea", partial(_ours, q, k, v, graph, region, heads), (q, k, v)),
             ],
             baseline="released",
             flops=4.0 * tokens * keys * heads * WIDTH,
             bytes=4.0 * tokens * heads * WIDTH * q.element_size(),
             tolerance=2e-3 if dtype == torch.float32 else 3e-2,
         )
+
+
+def _ours(q: Tensor, k: Tensor, v: Tensor, graph: Tensor, region: int, heads: int) -> Tensor:
+    return bi_level_routing_attention(q, k, v, region, region_graph=graph, num_heads=heads)[0]
 
 
 def _gathered(q: Tensor, k: Tensor, v: Tensor, graph: Tensor, region: int, heads: int, scale: float) -> Tensor:
@@ -79,7 +70,8 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, graph: Tensor, region: int, heads: 
     count, tokens = a.shape[2:4]
     seen = torch.zeros(q.shape[0], 1, count, count, dtype=torch.bool, device=q.device).scatter_(3, graph, True)
     mask = seen.repeat_interleave(tokens, 2).repeat_interleave(tokens, 3)
-    out = F.scaled_dot_product_attention(*(t.flatten(2, 3) for t in (a, b, c)), attn_mask=mask, scale=scale)
+    flat = [t.flatten(2, 3) for t in (a, b, c)]
+    out = F.scaled_dot_product_attention(flat[0], flat[1], flat[2], attn_mask=mask, scale=scale)
     return _map(out.view_as(a), q.shape, region)
 
 

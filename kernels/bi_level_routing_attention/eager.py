@@ -1,9 +1,9 @@
 """Bi-level routing attention on any device: whole regions are gathered and attended as a batch of dense problems.
 
 Batch and head are folded into the number of a region, so that a gather copies whole regions and its gradient adds whole
-regions: the released formulation gathers, and scatters back, element by element. Maps of at most ``DENSE`` tokens attend
-densely, with the logarithm of how often a region is routed to as a bias. Memory is bounded by taking so many query
-regions at a time that what is gathered for them stays below ``CHUNK`` bytes.
+regions: the released formulation gathers, and scatters back, element by element. Maps of at most ``DENSE`` tokens
+attend densely, with the logarithm of how often a region is routed to as a bias. Memory is bounded, and stays in the
+processor's cache, by taking so many query regions at a time that their work fits into ``CHUNK`` bytes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def forward(
     queries, keys, values = query_grid.split(q), key_grid.split(k), key_grid.split(v)
     if _dense(query_grid, key_grid):
         bias = _bias(region_graph, query_grid, key_grid, queries, mask_padding)
-        out, lse = attend(*(t.flatten(2, 3) for t in (queries, keys, values)), scale, bias=bias)
+        out, lse = attend(queries.flatten(2, 3), keys.flatten(2, 3), values.flatten(2, 3), scale, bias=bias)
     else:
         rows, chosen = _rows(queries), _folded(region_graph, queries, key_grid)
         out = q.new_empty(*rows.shape[:2], v.shape[4])
@@ -82,9 +82,17 @@ def backward(
     d_sums = None if grad_lse is None else query_grid.split(grad_lse[..., None].permute(0, 2, 3, 1, 4))[..., 0]
     if _dense(query_grid, key_grid):
         bias = _bias(region_graph, query_grid, key_grid, queries, mask_padding)
-        blocks = (t.flatten(2, 3) for t in (queries, keys, values, result))
-        d_lse = None if d_sums is None else d_sums.flatten(2)
-        d_q, d_k, d_v, _ = attend_backward(d_out.flatten(2, 3), d_lse, *blocks, sums.flatten(2), scale, bias=bias)
+        d_q, d_k, d_v, _ = attend_backward(
+            d_out.flatten(2, 3),
+            None if d_sums is None else d_sums.flatten(2),
+            queries.flatten(2, 3),
+            keys.flatten(2, 3),
+            values.flatten(2, 3),
+            result.flatten(2, 3),
+            sums.flatten(2),
+            scale,
+            bias=bias,
+        )
     else:
         chosen = _folded(region_graph, queries, key_grid)
         queries, keys, values, d_out, result = (_rows(t) for t in (queries, keys, values, d_out, result))
@@ -199,9 +207,17 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v of :func:`_attend`."""
     if grad_lse is None and _fused(q, k):
-        blocks = (t[:, None] for t in (q, k, v, out, lse))
         d_q, d_k, d_v, _ = attend_backward(
-            grad_out[:, None], None, *blocks, scale, None if mask is None else mask[:, None], fused=True
+            grad_out[:, None],
+            None,
+            q[:, None],
+            k[:, None],
+            v[:, None],
+            out[:, None],
+            lse[:, None],
+            scale,
+            None if mask is None else mask[:, None],
+            fused=True,
         )
         return d_q[:, 0], d_k[:, 0], d_v[:, 0]
     precise = torch.promote_types(q.dtype, torch.float32)

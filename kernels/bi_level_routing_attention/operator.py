@@ -30,7 +30,7 @@ def routing_attention_forward(
     planes: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs, laid out as ``planes`` says, and log-sum-exp (B, heads, H, W); ``backend`` is ``triton`` or ``torch``."""
+    """Outputs, laid out as ``planes`` says, and log-sum-exp (B, heads, H, W); ``backend``: ``triton`` or ``torch``."""
     grids = regions(q.shape[1:3], region_size), regions(k.shape[1:3], kv_region_size)
     if backend == "triton":
         from kernels.bi_level_routing_attention import triton_path

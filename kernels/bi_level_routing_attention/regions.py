@@ -60,7 +60,7 @@ class Regions:
         return blocks.permute(0, 5, 1, 3, 2, 4, 6).reshape(x.shape[0], x.shape[3], self.count, self.tokens, x.shape[4])
 
     def join(self, x: Tensor, planes: bool) -> Tensor:
-        """Regions (B, heads, regions, tokens, D) as a dense map: (B, heads, D, H, W) for planes, else (B, H, W, heads, D)."""
+        """Regions (B, heads, regions, tokens, D) as a dense (B, heads, D, H, W) for planes, else (B, H, W, heads, D)."""
         blocks = x.unflatten(3, (self.rows, self.columns)).unflatten(2, (self.down, self.across))
         height, width = self.down * self.rows, self.across * self.columns
         if planes:
@@ -105,7 +105,8 @@ def as_map(x: Tensor, num_heads: int | None, name: str = "q") -> Tensor:
         raise InputError(f"{name} must be (B, C, H, W) or (B, H, W, heads, D); got {tuple(x.shape)}.")
     if num_heads is None or num_heads < 1 or x.shape[1] % num_heads:
         raise InputError(
-            f"{name} {tuple(x.shape)} is (B, C, H, W): num_heads must divide its {x.shape[1]} channels; got {num_heads}."
+            f"{name} {tuple(x.shape)} is (B, C, H, W): num_heads must divide its {x.shape[1]} channels; got "
+            f"{num_heads}."
         )
     return x.unflatten(1, (num_heads, x.shape[1] // num_heads)).permute(0, 3, 4, 1, 2)
 
@@ -146,7 +147,8 @@ def route_regions(
     query_grid, key_grid = regions(a.shape[1:3], region_size), regions(b.shape[1:3], key_size)
     if not 1 <= topk <= key_grid.count:
         raise InputError(
-            f"topk {topk} must be from 1 to the {key_grid.count} key regions of {key_grid.rows} x {key_grid.columns} tokens."
+            f"topk {topk} must be from 1 to the {key_grid.count} key regions of {key_grid.rows} x {key_grid.columns} "
+            "tokens."
         )
     with torch.autocast(q.device.type, enabled=False):
         similarity = _means(a, query_grid) @ _means(b, key_grid).mT

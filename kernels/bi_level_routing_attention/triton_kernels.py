@@ -48,10 +48,11 @@ def _place(batch, head, y, x, d, heads, height, width, WIDTH: tl.constexpr, PLAN
     """Offsets in a dense (B, heads, WIDTH, height, width) or (B, height, width, heads, WIDTH) tensor."""
     if PLANES:
         token = (batch * heads + head) * WIDTH * height * width + y * width + x
-        return token[:, None] + (d.to(tl.int64) * height * width)[None, :]
+        place = token[:, None] + (d.to(tl.int64) * height * width)[None, :]
     else:
         token = ((batch * height + y) * width + x) * heads + head
-        return token[:, None] * WIDTH + d[None, :]
+        place = token[:, None] * WIDTH + d[None, :]
+    return place
 
 
 @triton.jit

@@ -6,6 +6,8 @@ device, without atomics and without waiting for it.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import triton
 from torch import Tensor
@@ -44,7 +46,7 @@ def forward(
     q, k, v = _dense_heads(q, k, v, planes)
     out = empty_map(q, v.shape[4], planes)
     lse = q.new_empty((q.shape[0], q.shape[3], *q.shape[1:3]), dtype=torch.float32)
-    configs = _configs(q, v, query_grid.tokens, planes, backward=False)
+    configs = _configs(q, v, query_grid.tokens, planes, "forward")
     launch(
         attention_forward,
         lambda c: (_tiles(query_grid, c["BLOCK"]) * query_grid.count * q.shape[0] * q.shape[3],),
@@ -88,7 +90,7 @@ def backward(
     d_q, d_k, d_v = (empty_map(t, t.shape[4], planes) for t in (q, k, v))
     delta = torch.empty_like(lse)
     operands = _operands(q, k, v, query_grid, key_grid, scale, planes)
-    configs = _configs(q, v, query_grid.tokens, planes, backward=True)
+    configs = _configs(q, v, query_grid.tokens, planes, "queries")
     launch(
         query_gradient,
         lambda c: (_tiles(query_grid, c["BLOCK"]) * query_grid.count * q.shape[0] * q.shape[3],),
@@ -106,7 +108,7 @@ def backward(
         configs,
     )
     entries, starts, ends = _inverse(region_graph, key_grid)
-    configs = _configs(q, v, key_grid.tokens, planes, backward=True)
+    configs = _configs(q, v, key_grid.tokens, planes, "keys")
     launch(
         key_gradients,
         lambda c: (_tiles(key_grid, c["BLOCK"]) * key_grid.count * q.shape[0] * q.shape[3],),
@@ -223,7 +225,9 @@ def _tiles(grid: Regions, block: int) -> int:
     return -(-grid.tokens // block)
 
 
-def _configs(q: Tensor, v: Tensor, tokens: int, planes: bool, backward: bool) -> list[Config]:
+def _configs(
+    q: Tensor, v: Tensor, tokens: int, planes: bool, kernel: Literal["forward", "queries", "keys"]
+) -> list[Config]:
     """Tiles by the tokens of a region and the width of a head, chosen so that nothing spills.
 
     Regions of up to 16 tokens take the smallest tile of the tensor cores and few warps. Exact float32 products need
@@ -236,12 +240,12 @@ def _configs(q: Tensor, v: Tensor, tokens: int, planes: bool, backward: bool) ->
     if q.dtype == torch.float32:
         if width > 32:
             # Of heads of 256 the query gradient keeps two to four numbers of a thread on the stack.
-            return [Config({"BLOCK": 16, "BLOCK_N": 16}, 8, 2, spills=16)]
+            return [Config({"BLOCK": 16, "BLOCK_N": 16}, 8, 1 if kernel == "keys" else 2, spills=16)]
         return [Config({"BLOCK": 16 if small or planes else 32, "BLOCK_N": 32}, 4 if small or planes else 8, 1)]
     if width <= 64 and small:
         return [Config({"BLOCK": 16, "BLOCK_N": 32 if planes else 64}, 2, 2)]
     if width <= 64:
-        narrow = planes or (backward and width == 64)
+        narrow = planes or (kernel != "forward" and width == 64)
         return [Config({"BLOCK": 64, "BLOCK_N": 32 if narrow else 64}, 8 if narrow else 4, 2)]
     if width == 128:
         return [Config({"BLOCK": 64, "BLOCK_N": 32}, 8, 2)]
