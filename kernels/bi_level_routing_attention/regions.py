@@ -60,7 +60,7 @@ class Regions:
         return blocks.permute(0, 5, 1, 3, 2, 4, 6).reshape(x.shape[0], x.shape[3], self.count, self.tokens, x.shape[4])
 
     def join(self, x: Tensor, planes: bool) -> Tensor:
-        """Regions (B, heads, regions, tokens, D) as a dense map: (B, heads, D, H, W) or, without planes, channels last."""
+        """Regions (B, heads, regions, tokens, D) as a dense (B, heads, D, H, W) if planes, else (B, H, W, heads, D)."""
         blocks = x.unflatten(3, (self.rows, self.columns)).unflatten(2, (self.down, self.across))
         height, width = self.down * self.rows, self.across * self.columns
         if planes:

@@ -195,8 +195,8 @@ def _configs(q: Tensor, v: Tensor, size: int, kernel: Literal["forward", "querie
     if q.dtype == torch.float32:
         if width == 16:
             return [Config({"BLOCK": 32, "BLOCK_N": 32}, 8, 1)]
-        # Of heads of 256 the query gradient keeps two to four numbers of a thread on the stack.
-        return [Config({"BLOCK": 16, "BLOCK_N": 16}, 8, 1 if kernel == "keys" else 2, spills=16)]
+        # Of heads of 256 the query gradient keeps up to ten numbers of a thread on the stack.
+        return [Config({"BLOCK": 16, "BLOCK_N": 16}, 8, 1 if kernel == "keys" else 2, spills=48)]
     if width <= 32:
         return [Config({"BLOCK": 64 if size > 32 else 32, "BLOCK_N": 64}, 4, 2)]
     if width <= 128:

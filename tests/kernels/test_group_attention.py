@@ -157,7 +157,8 @@ def test_large_scores_and_outliers_stay_finite(backend: str) -> None:
     k[0, 4] *= 1e4
     known[1] *= 1e4
     calls = both(order=order, group_size=8)
-    assert_matches(calls[backend], calls["reference"], [q, k, v, known, worth], scale=30)
+    # Keys of 1e4 magnify the last digit of float32 in the gradient of the queries.
+    assert_matches(calls[backend], calls["reference"], [q, k, v, known, worth], scale=100)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
