@@ -50,9 +50,12 @@ def attend(
             lse = lse.masked_fill(~_sees(mask, bias), -torch.inf)
         return out[..., :width], lse
     scores = _scores(q, k, scale, mask, bias)
-    lse = scores.logsumexp(-1)
-    weights = (scores - _finite(lse)[..., None]).exp_()
-    return _per_key_head(weights.to(v.dtype), v).flatten(1, 2), lse
+    # Dividing the few outputs instead of the many weights saves two passes over the scores.
+    highest = _finite(scores.amax(-1, keepdim=True))
+    weights = scores.sub_(highest).exp_()
+    total = weights.sum(-1, keepdim=True)
+    out = _per_key_head(weights, v).flatten(1, 2) / total.clamp_min(torch.finfo(total.dtype).tiny)
+    return out.to(q.dtype), (highest + total.log())[..., 0]
 
 
 def attend_backward(
