@@ -45,8 +45,8 @@ def forward(
     highest = segment_max(masked, cu_seqlens)
     exponentials = torch.exp_(masked - bags.rows_of(highest))
     total = segment_sum(exponentials, cu_seqlens)
-    pooled = bags.weighted_sum(exponentials, values).div_(total.where(total > 0, 1)[:, :, None])
-    lse = (highest + total.log()).where(total > 0, -torch.inf)
+    pooled = bags.weighted_sum(exponentials, values).div_(total.where(total != 0, 1)[:, :, None])
+    lse = (highest + total.log()).where(total != 0, -torch.inf)
     return pooled.to(values.dtype), lse, raw, torch.stack([highest, total]), gates
 
 

@@ -25,8 +25,7 @@ def gated_attention_pool_reference(
     values = x if values is None else values
     scores = scores_reference(x, gate, gate_bias, score, score_bias)
     masked = scores if drop_mask is None else scores.masked_fill(drop_mask, MASKED)
-    pooled = [values.new_zeros(0, len(score), values.shape[1])]
-    lse = [scores.new_zeros(0, len(score))]
+    pooled, lse = [values[:0, None].expand(-1, len(score), -1)], [masked[:0]]
     for start, end in bounds(cu_seqlens, len(x)):
         bag = masked[start:end]
         pooled.append((bag.softmax(0).t() @ values[start:end].to(bag.dtype)).to(values.dtype)[None])

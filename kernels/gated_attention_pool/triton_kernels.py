@@ -185,7 +185,7 @@ def pool_combine(
         )
         sums = sums * shrink + tl.sum(weights[:, None] * tile, 0)
         highest = new
-    some = total > 0
+    some = total != 0  # a NaN among the features must show
     sums = sums / tl.where(some, total, 1.0)
     tl.store(pooled + which * width + e, sums.to(pooled.dtype.element_ty), mask=e < width)
     if tl.program_id(1) == 0:
