@@ -15,7 +15,7 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "many rows", lambda: _call(half, 200_000)
     yield "few rows", lambda: _call(half, 8_000)
     yield "many branches, hidden instances", lambda: _call(half, 200_000, branches=40, hide=True, d_scores=True)
-    yield "tanh alone, one branch", lambda: _call(half, 200_000, gated=False, branches=1)
+    yield "one bag, one branch, tanh alone", lambda: _call(half, 200_000, bags=1, gated=False, branches=1)
     yield "values of their own, odd widths", lambda: _call(half, 200_000, depth=500, width=100, values=300)
     yield "many rows", lambda: _call(single, 200_000)
     yield "odd", lambda: _call(single, 9_001, gated=False, branches=40, depth=500, width=100, hide=True, d_scores=True)
@@ -31,13 +31,14 @@ def _call(
     hide: bool = False,
     values: int | None = None,
     d_scores: bool = False,
+    bags: int = 8,
 ) -> object:
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     units = 2 * width if gated else width
     weights = (empty(units, depth), empty(units), empty(branches, width), empty(branches))
-    cuts = torch.empty(9, dtype=torch.int32, device="meta")
+    cuts = torch.empty(bags + 1, dtype=torch.int32, device="meta")
     mask = torch.empty(rows, branches, dtype=torch.bool, device="meta") if hide else None
     x, pooled_from = empty(rows, depth), None if values is None else empty(rows, values)
     pooled, lse, scores, stats = triton_path.forward(x, *weights, cuts, pooled_from, mask)

@@ -137,7 +137,7 @@ def backward(
     d_gate = d_gates.t() @ x
     d_x = None
     if for_x:
-        d_x = torch.addmm(of_pooling, d_gates, gate) if values is None and of_pooling is not None else d_gates @ gate
+        d_x = of_pooling.addmm_(d_gates, gate) if values is None and of_pooling is not None else d_gates @ gate
     return (
         d_x,
         d_gate,
@@ -277,7 +277,7 @@ def _pool_configs(values: Tensor, branches: int) -> list[Config]:
         return [Config({"BLOCK_N": 32 if few else 16, "BLOCK_E": 64 if few else 32}, 8, 1)]
     if not _aligned(values) or branches > 16:
         return [Config({"BLOCK_N": 32, "BLOCK_E": 64}, 4, 1)]
-    return [Config({"BLOCK_N": 64, "BLOCK_E": 128}, 4, 3)]
+    return [Config({"BLOCK_N": 64, "BLOCK_E": 64}, 4, 3)]
 
 
 def _aligned(*matrices: Tensor) -> bool:

@@ -220,7 +220,7 @@ def test_no_bags_and_no_instances(backend: str) -> None:
 
 
 def test_one_bag_of_200_000_instances() -> None:
-    x, *rest = bags([200_000], depth=32, width=16, branches=2)
+    x, *rest = bags([200_000], depth=16, width=8, branches=2)
     assert_matches(
         partial(pool, lengths=[200_000], backend="torch"), partial(pool, lengths=[200_000], backend="reference"),
         [x, *rest],
