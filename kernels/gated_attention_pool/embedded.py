@@ -108,8 +108,11 @@ def attention_pool(
     gate_dropout: float = 0.0,
     backend: str = "auto",
 ) -> AttentionPool:
-    """The same from the embedding ``hidden (T, H)`` on; ``gate_dropout`` falls on both factors of the gate."""
-    choice = _choose(backend, hidden, params)
+    """The same from the embedding ``hidden (T, H)`` on.
+
+    ``gate_dropout``, a probability on both factors of the gate, is beyond the kernels.
+    """
+    choice = _choose(backend, hidden, params, gate_dropout)
     if gate_dropout > 0 or choice == "reference" or (hide is not None and choice != "triton"):
         scores = _scores(hidden, params, gate_dropout, backend)
         if hide is not None:
@@ -125,8 +128,8 @@ def attention_pool(
     return AttentionPool(pooled, segment_softmax(scores, cu_seqlens), scores)
 
 
-def _choose(backend: str, x: Tensor, params: AttentionWeights) -> str:
-    refusal = triton_refusal(len(params.score))
+def _choose(backend: str, x: Tensor, params: AttentionWeights, gate_dropout: float = 0.0) -> str:
+    refusal = "there is dropout within the gate" if gate_dropout > 0 else triton_refusal(len(params.score))
     return choose("embedded_attention_pool", backend, (x, params.gate, params.score), refusal).backend
 
 

@@ -131,3 +131,10 @@ def test_backends_go_by_the_common_names() -> None:
     params = parameters(True, True, torch.float32)
     with pytest.raises(InputError, match="Known: auto, reference, torch, triton"):
         embedded_attention_pool(torch.randn(4, 5), params, bounds([4]), backend="cpu")
+
+
+@pytest.mark.skipif(not INTERPRETING, reason="tensors on the CPU")
+def test_dropout_within_the_gate_is_not_left_out_in_silence() -> None:
+    params = parameters(True, True, torch.float32)
+    with pytest.raises(InputError, match="dropout within the gate"):
+        attention_pool(torch.randn(4, 6), params, bounds([4]), gate_dropout=0.5, backend="triton")
