@@ -22,7 +22,7 @@ from attention.pooling import (
 )
 from attention.registry import register
 from kernels.errors import unknown_name
-from kernels.gated_attention import AttentionWeights, gated_attention_pool
+from kernels.gated_attention_pool.embedded import AttentionWeights, embedded_attention_pool
 
 
 @register("abmil", kind="pooling")
@@ -74,7 +74,7 @@ class ABMIL(Pooler):
         check_features(features, self.dim, self.name)
         if self.input_norm is not None:
             features = self.input_norm(features)
-        pooled, weights, scores = gated_attention_pool(
+        pooled, weights, scores = embedded_attention_pool(
             features,
             attention_weights(self.embed, self.gate, self.score),
             cu_seqlens,

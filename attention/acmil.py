@@ -30,7 +30,7 @@ from attention.pooling import (
 )
 from attention.registry import register
 from kernels.errors import InputError
-from kernels.gated_attention import gated_attention_pool
+from kernels.gated_attention_pool.embedded import embedded_attention_pool
 from kernels.segment import segment_ids, segment_lengths, segment_top_k, segment_weighted_sum
 
 
@@ -185,7 +185,7 @@ class ACMIL(ChallengedPooler):
     def forward(self, features: Tensor, cu_seqlens: Tensor, mask_noise: Tensor | None = None) -> PooledBags:
         """As :class:`Pooler`; ``mask_noise (K, B, num_masked)`` replaces the random draw of the hidden instances."""
         check_features(features, self.dim, self.name)
-        branches, weights, scores = gated_attention_pool(
+        branches, weights, scores = embedded_attention_pool(
             features,
             attention_weights(self.embed, self.gate, self.score),
             cu_seqlens,

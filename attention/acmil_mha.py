@@ -21,7 +21,7 @@ from attention.pooling import PooledBags, check_features, join, numbered, rename
 from attention.registry import register
 from kernels.dense import linear
 from kernels.errors import InputError
-from kernels.gated_attention import MASKED
+from kernels.gated_attention_pool import MASKED
 from kernels.segment import segment_lengths, segment_softmax, segment_weighted_sum
 
 _EPS = 1e-6  # of the layer norms, as released

@@ -32,7 +32,7 @@ from attention.pooling import (
 from attention.registry import register
 from kernels.dense import linear
 from kernels.errors import InputError, unknown_name
-from kernels.gated_attention import AttentionPool, attention_pool, gated_attention_pool
+from kernels.gated_attention_pool.embedded import AttentionPool, attention_pool, embedded_attention_pool
 from kernels.segment import segment_top_k
 
 _ATTENTION_DIM = {"small": 256, "big": 384}
@@ -103,7 +103,7 @@ class CLAM(Pooler):
         check_features(features, self.dim, self.name)
         params = attention_weights(self.embed, self.gate, self.score)
         if self.bag_weight == 1 and not (self.training and self.dropout):
-            attended = gated_attention_pool(features, params, cu_seqlens)
+            attended = embedded_attention_pool(features, params, cu_seqlens)
             return attended, {"weights": attended.weights}
         hidden = F.dropout(linear(features, self.embed.weight, self.embed.bias, "relu"), self.dropout, self.training)
         gate_dropout = _GATE_DROPOUT if self.training and self.dropout else 0.0

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_weight
 
-Backend = Literal["auto", "cpu", "torch"]
+from kernels.backend import choose
+
 Activation = Literal["relu", "gelu"] | None
 
 # Rows per piece: outputs of a few MB stay in the cache. The weight gradient gains from longer pieces.
@@ -28,14 +29,22 @@ _ONEDNN_GRADIENT_ROWS = 1536
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Activation = None, backend: Backend = "auto"
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Activation = None, backend: str = "auto"
 ) -> Tensor:
     """``activation(x W^T + b)``, (T, H), for ``x (T, D)``, ``weight (H, D)`` and ``bias (H,)``.
 
-    Half-precision ``x`` is converted piece by piece on the CPU path, never as a whole. ``"cpu"`` forces that path,
-    ``"torch"`` the reference.
+    Half-precision ``x`` is converted piece by piece on the CPU path, never as a whole.
+
+    Args:
+        backend: ``"torch"`` forces the CPU path on the CPU, which ``"auto"`` takes where it pays; ``"triton"`` is
+            taken where Triton serves, so that one word can go to a whole model, and means the vendor's product.
+
+    Raises:
+        InputError: a backend is forced that cannot serve.
     """
-    if activation != "gelu" and (backend == "cpu" or (backend == "auto" and cpu_path_serves(x, weight))):
+    choice = choose("linear", backend, (x, weight), torch_is_faster="the vendor's product is all there is to it")
+    could = choice.backend == "torch" and activation != "gelu" and x.device.type == "cpu"
+    if could and not torch.is_autocast_enabled("cpu") and (backend == "torch" or cpu_path_serves(x, weight)):
         return _Linear.apply(x, weight, bias, activation == "relu")
     return linear_reference(x, weight, bias, activation)
 

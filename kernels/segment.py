@@ -12,6 +12,7 @@ instances. ``"flat"`` handles all instances at once through their bag numbers: t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -41,7 +42,7 @@ def segment_ids(cu_seqlens: Tensor, total: int) -> Tensor:
 
 def segment_softmax(scores: Tensor, cu_seqlens: Tensor, form: Form = "auto") -> Tensor:
     """Softmax of ``scores (R, T)`` within each bag, (R, T)."""
-    if _choose(form, cu_seqlens, scores.shape[1]) == "per_bag":
+    if choose_form(form, cu_seqlens, scores.shape[1]) == "per_bag":
         if cu_seqlens.numel() == 2:
             return scores.softmax(-1)
         return torch.cat([bag.softmax(-1) for bag in scores.split(_sizes(cu_seqlens), -1)], -1)
@@ -53,9 +54,22 @@ def segment_softmax(scores: Tensor, cu_seqlens: Tensor, form: Form = "auto") -> 
     return exponentials / scores.new_zeros(shape).index_add(1, ids, exponentials)[:, ids]
 
 
+def segment_max(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Largest of ``values (T, H)`` within each bag, (B, H), without a gradient; -inf for an empty bag.
+
+    It has one form: for few columns the flat one is never slower.
+    """
+    values = values.detach()
+    if cu_seqlens.numel() == 2 and len(values):
+        return values.amax(0, keepdim=True)
+    out = values.new_full((cu_seqlens.numel() - 1, values.shape[1]), -torch.inf)
+    ids = segment_ids(cu_seqlens, len(values))
+    return out.scatter_reduce_(0, ids[:, None].expand_as(values), values, "amax")
+
+
 def segment_sum(values: Tensor, cu_seqlens: Tensor, form: Form = "auto") -> Tensor:
     """Sum of ``values (T, H)`` within each bag, (B, H); zeros for an empty bag."""
-    if _choose(form, cu_seqlens, len(values)) == "per_bag":
+    if choose_form(form, cu_seqlens, len(values)) == "per_bag":
         return torch.stack([bag.sum(0) for bag in values.split(_sizes(cu_seqlens))])
     out = values.new_zeros(cu_seqlens.numel() - 1, values.shape[1])
     return out.index_add(0, segment_ids(cu_seqlens, len(values)), values)
@@ -63,12 +77,12 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor, form: Form = "auto") -> Tens
 
 def segment_weighted_sum(weights: Tensor, values: Tensor, cu_seqlens: Tensor, form: Form = "auto") -> Tensor:
     """Sum over each bag of ``weights (R, T)`` times ``values (T, H)``, (B, R, H); zeros for an empty bag."""
-    return _WeightedSum.apply(weights.to(values.dtype), values, cu_seqlens, _choose(form, cu_seqlens, len(values)))
+    return _WeightedSum.apply(weights.to(values.dtype), values, cu_seqlens, choose_form(form, cu_seqlens, len(values)))
 
 
 def segment_dot(queries: Tensor, values: Tensor, cu_seqlens: Tensor, form: Form = "auto") -> Tensor:
     """Inner product of every instance of ``values (T, H)`` with its own bag's rows of ``queries (B, R, H)``, (R, T)."""
-    return _Dot.apply(queries.to(values.dtype), values, cu_seqlens, _choose(form, cu_seqlens, len(values)))
+    return _Dot.apply(queries.to(values.dtype), values, cu_seqlens, choose_form(form, cu_seqlens, len(values)))
 
 
 @torch.no_grad()
@@ -85,7 +99,7 @@ def segment_top_k(
     rows, total = scores.shape
     lengths = segment_lengths(cu_seqlens)
     valid = torch.arange(k, device=scores.device) < lengths[:, None]
-    if _choose(form, cu_seqlens, total) == "per_bag":
+    if choose_form(form, cu_seqlens, total) == "per_bag":
         indices = torch.full((rows, lengths.numel(), k), total, device=scores.device)
         start = 0
         for bag, size in enumerate(_sizes(cu_seqlens) if lengths.numel() != 1 else [total]):
@@ -143,7 +157,7 @@ def pool(weights: Tensor, values: Tensor, cu_seqlens: Tensor, form: Form) -> Ten
     bags, rows, width = cu_seqlens.numel() - 1, weights.shape[0], values.shape[1]
     if form == "per_bag":
         out = values.new_empty(bags, rows, width)
-        for bag, (start, end) in enumerate(_bounds(cu_seqlens, len(values))):
+        for bag, (start, end) in enumerate(bounds(cu_seqlens, len(values))):
             torch.mm(weights[:, start:end], values[start:end], out=out[bag])
         return out
     out = values.new_zeros(bags, rows * width)
@@ -158,7 +172,7 @@ def dot(queries: Tensor, values: Tensor, cu_seqlens: Tensor, form: Form) -> Tens
     rows, width = queries.shape[1:]
     out = values.new_empty(len(values), rows)  # tall and narrow: three times faster than a wide product here
     if form == "per_bag":
-        for bag, (start, end) in enumerate(_bounds(cu_seqlens, len(values))):
+        for bag, (start, end) in enumerate(bounds(cu_seqlens, len(values))):
             torch.mm(values[start:end], queries[bag].t(), out=out[start:end])
         return out.t()
     ids = segment_ids(cu_seqlens, len(values))
@@ -173,7 +187,7 @@ def spread(weights: Tensor, queries: Tensor, cu_seqlens: Tensor, form: Form) -> 
     total = weights.shape[1]
     out = queries.new_empty(total, width)
     if form == "per_bag":
-        for bag, (start, end) in enumerate(_bounds(cu_seqlens, total)):
+        for bag, (start, end) in enumerate(bounds(cu_seqlens, total)):
             torch.mm(weights[:, start:end].t(), queries[bag], out=out[start:end])
         return out
     ids = segment_ids(cu_seqlens, total)
@@ -182,7 +196,7 @@ def spread(weights: Tensor, queries: Tensor, cu_seqlens: Tensor, form: Form) -> 
     return out
 
 
-def _choose(form: Form, cu_seqlens: Tensor, total: int) -> Form:
+def choose_form(form: Form, cu_seqlens: Tensor, total: int) -> Form:
     """The form to use: ``form`` itself unless it is ``"auto"``."""
     bags = cu_seqlens.numel() - 1
     if bags == 0:
@@ -196,12 +210,28 @@ def _sizes(cu_seqlens: Tensor) -> list[int]:
     return segment_lengths(cu_seqlens).tolist()
 
 
-def _bounds(cu_seqlens: Tensor, total: int) -> list[tuple[int, int]]:
+def bounds(cu_seqlens: Tensor, total: int) -> list[tuple[int, int]]:
     """First and one-past-last instance of each bag; a single bag needs no look at the tensor (no device sync)."""
     if cu_seqlens.numel() == 2:
         return [(0, total)]
     edges = cu_seqlens.tolist()
     return list(pairwise(edges))
+
+
+def cut_at_bags(cu_seqlens: Tensor, total: int, rows: int) -> Iterator[tuple[slice, list[tuple[int, slice]]]]:
+    """Pieces of ``rows`` rows that cover ``total``, each with the bags in it and where within the piece these lie."""
+    edges = bounds(cu_seqlens, total)
+    bag = 0
+    for start in range(0, total, rows):
+        stop = min(start + rows, total)
+        parts, here = [], start
+        while here < stop:
+            while edges[bag][1] <= here:
+                bag += 1
+            end = min(edges[bag][1], stop)
+            parts.append((bag, slice(here - start, end - start)))
+            here = end
+        yield slice(start, stop), parts
 
 
 def _parts(total: int, width: int) -> list[slice]:

@@ -10,7 +10,7 @@ from torch import Tensor
 import attention
 from attention.acmil import ACMIL, branch_similarity, negative_entropy
 from attention.acmil_mha import ACMILMultiHead
-from kernels.gated_attention import MASKED
+from kernels.gated_attention_pool import MASKED
 from kernels.segment import segment_softmax
 from tests.attention.common import DIM, CrossEntropy, bounds, make
 

@@ -13,6 +13,7 @@ from kernels.segment import (
     segment_dot,
     segment_ids,
     segment_lengths,
+    segment_max,
     segment_softmax,
     segment_sum,
     segment_top_k,
@@ -170,3 +171,25 @@ def test_strided_inputs_give_the_same_as_contiguous_ones() -> None:
     for form in ("per_bag", "flat"):
         expected = segment_weighted_sum(weights.contiguous(), values.contiguous(), cu, form)
         torch.testing.assert_close(segment_weighted_sum(weights, values, cu, form), expected)
+
+
+@sizes
+def test_the_largest_is_that_of_each_bag(sizes: list[int]) -> None:
+    values = torch.randn(sum(sizes), 3)
+    highest = segment_max(values, bounds(sizes))
+    assert highest.shape == (len(sizes), 3)
+    for bag, own in zip(values.split(sizes), highest, strict=True):
+        assert torch.equal(own, bag.amax(0) if len(bag) else torch.full((3,), -torch.inf))
+
+
+@sizes
+@pytest.mark.parametrize("rows", [1, 7, 100])
+def test_pieces_cut_at_bags_cover_every_row_once(sizes: list[int], rows: int) -> None:
+    ids = segment_ids(bounds(sizes), sum(sizes))
+    covered = []
+    for piece, parts in segment.cut_at_bags(bounds(sizes), sum(sizes), rows):
+        assert piece.stop - piece.start <= rows
+        for bag, part in parts:
+            covered += range(piece.start, piece.stop)[part]
+            assert (ids[piece][part] == bag).all()
+    assert covered == list(range(sum(sizes)))
