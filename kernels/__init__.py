@@ -2,21 +2,12 @@
 
 This package imports nothing when it is imported; name the operator's own module, as in
 ``from kernels.segment import segment_softmax``. ``kernels.explain("neighborhood_attention", q, k, v, kernel_size=7)``
-says which implementation that call would take, and why.
+says which implementation that call would take, and why; ``kernels.configure`` and ``kernels.using`` choose one.
 """
 
-from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from kernels.backend import configure, explain, using
-
-__all__ = ["configure", "explain", "using"]
-
-
-def __getattr__(name: str) -> Any:
-    if name in __all__:
+def __getattr__(name: str):  # type: ignore[no-untyped-def]
+    if name in ("configure", "explain", "using"):
         from kernels import backend
 
         return getattr(backend, name)

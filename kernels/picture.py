@@ -138,12 +138,12 @@ def _varlen() -> Panel:
 
 
 def _pool() -> Panel:
-    from kernels.gated_attention_pool import GateWeights, gated_attention_pool
+    from kernels.gated_attention_pool import PoolWeights, gated_attention_pool
 
     cuts, lines = _packed()
     total, branches = sum(LENGTHS), 3
     values = _map(total, WIDTH).requires_grad_()
-    weights = GateWeights(*(_map(*s) for s in ((16, WIDTH), (16,), (16, WIDTH), (16,), (branches, 16), (branches,))))
+    weights = PoolWeights(*(_map(*s) for s in ((16, WIDTH), (16,), (16, WIDTH), (16,), (branches, 16), (branches,))))
     pooled = gated_attention_pool(_map(total, WIDTH), weights, cuts, values=values)[0].flatten(0, 1)
     rows = [torch.autograd.grad(row.sum(), values, retain_graph=True)[0].abs().sum(1) for row in pooled]
     ends = tuple(branches * n - 0.5 for n in range(1, len(LENGTHS)))
