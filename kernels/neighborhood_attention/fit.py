@@ -43,9 +43,7 @@ def fit_window(
     if policy not in POLICIES:
         raise unknown_name("policy", policy, POLICIES)
     lengths = tuple(grid)
-    k, d = (
-        (value,) * len(lengths) if isinstance(value, int) else tuple(value) for value in (kernel_size, dilation)
-    )
+    k, d = ((value,) * len(lengths) if isinstance(value, int) else tuple(value) for value in (kernel_size, dilation))
     if not len(k) == len(d) == len(lengths) or min(*k, *d, *lengths) < 1:
         raise InputError(f"fit_window: kernel_size={k} and dilation={d} must be positive, one per axis of {lengths}.")
     padding = (0,) * len(lengths)

@@ -106,9 +106,7 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_rpb
 
 
-def _window(
-    q: Tensor, kernel_size: list[int], stride: list[int], dilation: list[int], is_causal: list[bool]
-) -> Window:
+def _window(q: Tensor, kernel_size: list[int], stride: list[int], dilation: list[int], is_causal: list[bool]) -> Window:
     return Window(tuple(map(Axis, q.shape[1:-2], kernel_size, stride, dilation, is_causal)))
 
 

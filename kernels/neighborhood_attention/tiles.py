@@ -62,7 +62,10 @@ def intervals(axis: Axis, length: int) -> tuple[Tensor, Tensor]:
 def group_lengths(axis: Axis) -> list[tuple[int, range]]:
     """Lengths of the dilation groups, and which groups have them: at most two."""
     longer = axis.length % axis.dilation
-    lengths = [(axis.length // axis.dilation + 1, range(longer)), (axis.length // axis.dilation, range(longer, axis.dilation))]
+    lengths = [
+        (axis.length // axis.dilation + 1, range(longer)),
+        (axis.length // axis.dilation, range(longer, axis.dilation)),
+    ]
     return [(length, groups) for length, groups in lengths if len(groups)]
 
 

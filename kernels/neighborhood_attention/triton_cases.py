@@ -20,12 +20,16 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "2-D, heads of 256", lambda: _call(HALF, 256, (56, 56), 7)
     yield "1-D, large window", lambda: _call(HALF, 128, (4096,), 512, forward_only=True)
     yield "3-D, heads of 32", lambda: _call(FLOAT, 32, (16, 16, 16), 5)
-    yield "3-D, heads of 64", lambda: _call(FLOAT, 64, (16, 16, 16), 5)
+    yield "3-D, heads of 64, biased", lambda: _call(FLOAT, 64, (16, 16, 16), 5, biased=True)
     yield "2-D, heads of 128", lambda: _call(FLOAT, 128, (56, 56), 7)
     yield "2-D, heads of 256", lambda: _call(FLOAT, 256, (56, 56), 7)
-    yield "2-D, biased, strided, grouped", lambda: _call(
-        HALF, 32, (56, 56), 7, biased=True, stride=2, dilation=2, causal=True, key_heads=2
-    )
+    for width in (32, 128):
+        yield (
+            f"2-D, heads of {width}, biased, strided, grouped",
+            lambda w=width: _call(  # type: ignore[misc]
+                HALF, w, (56, 56), 7, biased=True, stride=2, dilation=2, causal=True, key_heads=2
+            ),
+        )
 
 
 def _call(

@@ -43,6 +43,14 @@ def _window(x, length, K, S, C):
 
 
 @triton.jit
+def _view(first, T: tl.constexpr, length, K, S, C):
+    """First key that a tile of queries sees and how many there are up to its last one."""
+    low, count = _window(first, length, K, S, C)
+    end, count = _window(tl.minimum(first + T, length) - 1, length, K, S, C)
+    return low, end + count - low
+
+
+@triton.jit
 def _reach(first, last, length, K, S, C):
     """First query that sees a key from ``first`` to ``last`` and how many queries there are up to the last one."""
     low = tl.where(first < K, 0, (first - K + 1 + K // 2 - S // 2 + S - 1) // S * S)
@@ -149,19 +157,19 @@ def attention_forward(
     x1 += f1
     x2 += f2
     inside = (x0 < len0) & (x1 < len1) & (x2 < len2)
-    start0, count0 = _window(x0, len0, K0, S0, C0)
-    start1, count1 = _window(x1, len1, K1, S1, C1)
+    start0, count0, start1, count1 = x0, x0, x1, x1  # absent axes hide nothing
+    if AXES > 2:
+        start0, count0 = _window(x0, len0, K0, S0, C0)
+    if AXES > 1:
+        start1, count1 = _window(x1, len1, K1, S1, C1)
     start2, count2 = _window(x2, len2, K2, S2, C2)
     count2 = tl.where(inside, count2, 0)
-    low0, _ = _window(f0, len0, K0, S0, C0)
-    low1, _ = _window(f1, len1, K1, S1, C1)
-    low2, _ = _window(f2, len2, K2, S2, C2)
-    end0, more0 = _window(tl.minimum(f0 + T0, len0) - 1, len0, K0, S0, C0)
-    end1, more1 = _window(tl.minimum(f1 + T1, len1) - 1, len1, K1, S1, C1)
-    end2, more2 = _window(tl.minimum(f2 + T2, len2) - 1, len2, K2, S2, C2)
-    width0 = end0 + more0 - low0
-    width1 = end1 + more1 - low1
-    width2 = end2 + more2 - low2
+    low0, width0, low1, width1 = 0, 1, 0, 1
+    if AXES > 2:
+        low0, width0 = _view(f0, T0, len0, K0, S0, C0)
+    if AXES > 1:
+        low1, width1 = _view(f1, T1, len1, K1, S1, C1)
+    low2, width2 = _view(f2, T2, len2, K2, S2, C2)
     total_keys = width0 * width1 * width2
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_E)
@@ -237,19 +245,19 @@ def query_gradient(
     x1 += f1
     x2 += f2
     inside = (x0 < len0) & (x1 < len1) & (x2 < len2)
-    start0, count0 = _window(x0, len0, K0, S0, C0)
-    start1, count1 = _window(x1, len1, K1, S1, C1)
+    start0, count0, start1, count1 = x0, x0, x1, x1  # absent axes hide nothing
+    if AXES > 2:
+        start0, count0 = _window(x0, len0, K0, S0, C0)
+    if AXES > 1:
+        start1, count1 = _window(x1, len1, K1, S1, C1)
     start2, count2 = _window(x2, len2, K2, S2, C2)
     count2 = tl.where(inside, count2, 0)
-    low0, _ = _window(f0, len0, K0, S0, C0)
-    low1, _ = _window(f1, len1, K1, S1, C1)
-    low2, _ = _window(f2, len2, K2, S2, C2)
-    end0, more0 = _window(tl.minimum(f0 + T0, len0) - 1, len0, K0, S0, C0)
-    end1, more1 = _window(tl.minimum(f1 + T1, len1) - 1, len1, K1, S1, C1)
-    end2, more2 = _window(tl.minimum(f2 + T2, len2) - 1, len2, K2, S2, C2)
-    width0 = end0 + more0 - low0
-    width1 = end1 + more1 - low1
-    width2 = end2 + more2 - low2
+    low0, width0, low1, width1 = 0, 1, 0, 1
+    if AXES > 2:
+        low0, width0 = _view(f0, T0, len0, K0, S0, C0)
+    if AXES > 1:
+        low1, width1 = _view(f1, T1, len1, K1, S1, C1)
+    low2, width2 = _view(f2, T2, len2, K2, S2, C2)
     total_keys = width0 * width1 * width2
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_E)
@@ -325,8 +333,11 @@ def key_gradients(
     y1 += f1
     y2 += f2
     inside = (y0 < len0) & (y1 < len1) & (y2 < len2)
-    low0, width0 = _reach(f0, tl.minimum(f0 + T0, len0) - 1, len0, K0, S0, C0)
-    low1, width1 = _reach(f1, tl.minimum(f1 + T1, len1) - 1, len1, K1, S1, C1)
+    low0, width0, low1, width1 = 0, 1, 0, 1
+    if AXES > 2:
+        low0, width0 = _reach(f0, tl.minimum(f0 + T0, len0) - 1, len0, K0, S0, C0)
+    if AXES > 1:
+        low1, width1 = _reach(f1, tl.minimum(f1 + T1, len1) - 1, len1, K1, S1, C1)
     low2, width2 = _reach(f2, tl.minimum(f2 + T2, len2) - 1, len2, K2, S2, C2)
     total_queries = width0 * width1 * width2
     d = tl.arange(0, BLOCK_D)
@@ -351,8 +362,11 @@ def key_gradients(
             j = n + tl.arange(0, BLOCK_N)
             known = j < total_queries
             x0, x1, x2 = _box_tokens(j, low0, low1, low2, width1, width2, AXES)
-            start0, count0 = _window(x0, len0, K0, S0, C0)
-            start1, count1 = _window(x1, len1, K1, S1, C1)
+            start0, count0, start1, count1 = x0, x0, x1, x1  # absent axes hide nothing
+            if AXES > 2:
+                start0, count0 = _window(x0, len0, K0, S0, C0)
+            if AXES > 1:
+                start1, count1 = _window(x1, len1, K1, S1, C1)
             start2, count2 = _window(x2, len2, K2, S2, C2)
             count2 = tl.where(known, count2, 0)
             rows = _offsets(x0, x1, x2, g0, g1, g2, D0, D1, D2, L1 * L2, L2, 1) + first_row
@@ -432,32 +446,25 @@ def frame_gradient(
         f0 = f0 * T0
         f1 = f1 * T1
         f2 = f2 * T2
+        first, length, reach = f0, len0, K0 - 1
+        low, width = _view(tl.minimum(f0, len0 - 1), T0, len0, K0, S0, C0)
+        if AXES == 2:
+            first, length, reach = f1, len1, K1 - 1
+            low, width = _view(tl.minimum(f1, len1 - 1), T1, len1, K1, S1, C1)
         if AXES == 1:
-            first = f2
-            length = len2
-            low, _ = _window(tl.minimum(f2, len2 - 1), len2, K2, S2, C2)
-            end, more = _window(tl.minimum(f2 + T2, len2) - 1, len2, K2, S2, C2)
-            reach = K2 - 1
-        elif AXES == 2:
-            first = f1
-            length = len1
-            low, _ = _window(tl.minimum(f1, len1 - 1), len1, K1, S1, C1)
-            end, more = _window(tl.minimum(f1 + T1, len1) - 1, len1, K1, S1, C1)
-            reach = K1 - 1
-        else:
-            first = f0
-            length = len0
-            low, _ = _window(tl.minimum(f0, len0 - 1), len0, K0, S0, C0)
-            end, more = _window(tl.minimum(f0 + T0, len0) - 1, len0, K0, S0, C0)
-            reach = K0 - 1
-        if (first < length) & (first - reach + nearest < end + more) & (first - reach + farthest >= low):
+            first, length, reach = f2, len2, K2 - 1
+            low, width = _view(tl.minimum(f2, len2 - 1), T2, len2, K2, S2, C2)
+        if (first < length) & (first - reach + nearest < low + width) & (first - reach + farthest >= low):
             batch = (item // (n0 * n1 * n2)).to(tl.int64)
             x0 = f0 + m0
             x1 = f1 + m1
             x2 = f2 + m2
             inside = (x0 < len0) & (x1 < len1) & (x2 < len2)
-            start0, count0 = _window(x0, len0, K0, S0, C0)
-            start1, count1 = _window(x1, len1, K1, S1, C1)
+            start0, count0, start1, count1 = x0, x0, x1, x1  # absent axes hide nothing
+            if AXES > 2:
+                start0, count0 = _window(x0, len0, K0, S0, C0)
+            if AXES > 1:
+                start1, count1 = _window(x1, len1, K1, S1, C1)
             start2, count2 = _window(x2, len2, K2, S2, C2)
             count2 = tl.where(inside, count2, 0)
             y0 = f0 + z0

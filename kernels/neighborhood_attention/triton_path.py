@@ -46,7 +46,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, window: Window,
         attention_forward,
         lambda c: (_tiles(window, c) * q.shape[0] * q.shape[-2],),
         {**_operands(q, k, v, rpb, window, scale), "out": out, "lse": lse},
-        _configs(q, v, window, backward=False),
+        _configs(q, v, window, backward=False, biased=rpb is not None),
         _key(q, v, window),
     )
     return out, lse
@@ -70,7 +70,7 @@ def backward(
     d_q, d_k, d_v = (t.new_empty(t.shape) for t in (q, k, v))
     delta = torch.empty_like(lse)
     operands = _operands(q, k, v, table, window, scale) | {"grad_out": grad_out, "lse": lse, "delta": delta}
-    configs = _configs(q, v, window, backward=True)
+    configs = _configs(q, v, window, backward=True, biased=rpb is not None)
     launch(
         query_gradient,
         lambda c: (_tiles(window, c) * q.shape[0] * q.shape[-2],),
@@ -177,24 +177,28 @@ def _key(q: Tensor, v: Tensor, window: Window) -> tuple[Hashable, ...]:
     return q.dtype, q.shape[-1], v.shape[-1], *window.kernel, *(axis.dilation > 1 for axis in window.axes), size
 
 
-def _configs(q: Tensor, v: Tensor, window: Window, backward: bool) -> list[Config]:
+def _configs(q: Tensor, v: Tensor, window: Window, backward: bool, biased: bool) -> list[Config]:
     """Small tiles for small windows (a tile visits the keys of all its queries), no spills; see the compile gate."""
     axes = len(window.axes)
     if interpreting():
-        return [_config(16, axes, 32)]
+        return [_config(32, axes, 64)]
     width = triton.next_power_of_2(max(q.shape[-1], v.shape[-1], 16))
     if q.dtype == torch.float32:
-        tokens, block_n = {16: (64, 32), 32: (64, 32), 64: (32, 32)}.get(width, (16, 16))
-        return [_config(tokens, axes, block_n, 8 if tokens > 16 else 4, 1)]
-    if width > 128:
+        if width > 64:
+            # Exact products of such wide heads hold whole rows in registers, whatever the tile.
+            return [_config(16, axes, 16, 8, 1, spills=64 if width == 128 else 384)]
+        return [_config(64 if width <= 32 and not biased else 32, axes, 32, 8, 1)]
+    if width > 128 or (biased and width > 64):
         return [_config(32, axes, 32, 4, 1)]
-    if window.neighbours >= LARGE_WINDOW and not backward:
+    if window.neighbours >= LARGE_WINDOW and not backward and not biased:
         return [_config(128, axes, 64, 8, 2)]
-    if width > 64:
-        return [_config(64, axes, 32 if backward else 64, 8 if backward else 4, 2)]
+    if width > 64 or biased or (backward and width > 32):
+        return [_config(64, axes, 32 if backward or biased else 64, 8, 2)]
+    if backward or width > 32:
+        return [_config(64, axes, 64, 4, 2)]
     return [_config(64, axes, 64, 4, 2), _config(32, axes, 64, 4, 2)]
 
 
-def _config(tokens: int, axes: int, block_n: int, warps: int = 4, stages: int = 2) -> Config:
+def _config(tokens: int, axes: int, block_n: int, warps: int = 4, stages: int = 2, spills: int = 0) -> Config:
     t0, t1, t2 = _TILES[tokens][axes - 1]
-    return Config({"T0": t0, "T1": t1, "T2": t2, "BLOCK_N": block_n}, warps, stages)
+    return Config({"T0": t0, "T1": t1, "T2": t2, "BLOCK_N": block_n}, warps, stages, spills)
