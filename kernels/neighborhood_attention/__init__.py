@@ -88,7 +88,7 @@ def neighborhood_attention(
             (:func:`fit_window` adapts a window to a small map).
         is_causal: the window ends at the query.
         rpb: (H, 2k-1, ...) relative position bias, one axis per grid axis, indexed by key minus query in steps of the
-            dilation plus k-1, and added to the scaled scores. (Swin's tables are indexed by query minus key: flip them.)
+            dilation plus k-1, and added to the scaled scores. (Swin's are indexed by query minus key: flip them.)
         scale: of the scores; D^-0.5 by default.
         heads_first: all tensors have their heads before the grid, (B, H, *grid, D); nothing is copied for it.
         return_lse: also return the log-sum-exp, to merge the result with attention to further keys.

@@ -86,7 +86,7 @@ def backward(
                 *grads, d_bias = attend_backward(
                     g, g_lse, a, b, c, o, sums, scale, hidden, added, bias_gradient=d_rpb is not None
                 )
-                if d_rpb is not None:
+                if d_rpb is not None and d_bias is not None:
                     d_rpb += _to_table(d_bias[0], part.look.parts, d_rpb.shape)
             _put(d_q_rows, part.queries, grads[0])
             _add(d_k_rows, part.keys, grads[1])
@@ -218,7 +218,8 @@ def _kept_chunks(*arguments: Any) -> tuple[_Chunk, ...]:
 
 
 def _chunk(tiles: list[tuple[Look, Tensor, Tensor]], device: torch.device) -> _Chunk:
-    queries, keys = (torch.cat([part[i].flatten() for part in tiles]).to(device) for i in (1, 2))
+    queries = torch.cat([rows.flatten() for _, rows, _ in tiles]).to(device)
+    keys = torch.cat([rows.flatten() for _, _, rows in tiles]).to(device)
     parts, query, key = [], 0, 0
     for look, query_rows, key_rows in tiles:
         among = slice(query, query + query_rows.numel()), slice(key, key + key_rows.numel())

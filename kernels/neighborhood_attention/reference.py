@@ -27,17 +27,17 @@ def neighborhood_scores(q: Tensor, k: Tensor, rpb: Tensor | None, window: Window
     a, b = (t.flatten(1, -3).transpose(1, 2).to(precise) for t in (q, k))
     scores = a @ b.repeat_interleave(a.shape[1] // b.shape[1], 1).mT * scale
     if rpb is not None:
-        scores = scores + _bias(rpb, window)
+        scores = scores + dense_bias(rpb, window)
     return scores.masked_fill(~window_mask(window).to(scores.device), -torch.inf)
 
 
-def _bias(rpb: Tensor, window: Window) -> Tensor:
+def dense_bias(rpb: Tensor, window: Window) -> Tensor:
     """(H, N, N) from the (H, 2k-1, ...) table."""
     axes = len(window.axes)
-    index = []
+    index: list[Tensor | slice] = [slice(None)]
     for number, axis in enumerate(window.axes):
         shape = [1] * (2 * axes)
         shape[number] = shape[axes + number] = axis.length
         index.append(axis_bias_index(axis).to(rpb.device).view(shape))
     tokens = int(torch.Size(window.grid).numel())
-    return rpb[:, *index].reshape(len(rpb), tokens, tokens)
+    return rpb[tuple(index)].reshape(len(rpb), tokens, tokens)

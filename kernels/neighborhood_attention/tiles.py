@@ -77,7 +77,7 @@ def pieces(axis: Axis, tile: int, relative: bool) -> tuple[Piece, ...]:
         relative: tiles are alike only if their windows also lie alike relative to their queries; a relative position
             table needs that, a mask alone does not.
     """
-    found: dict[tuple[object, ...], list[tuple[int, int, int, int]]] = {}
+    found: dict[tuple[tuple[tuple[int, int], ...], int], list[tuple[int, int, int, int]]] = {}
     for length, groups in group_lengths(axis):
         starts, ends = (bounds.tolist() for bounds in intervals(axis, length))
         for first in range(0, length, tile):
@@ -86,7 +86,7 @@ def pieces(axis: Axis, tile: int, relative: bool) -> tuple[Piece, ...]:
             view = tuple((starts[x] - low, ends[x] - low) for x in range(first, last))
             alike = (view, low - first if relative else 0)
             found.setdefault(alike, []).extend((group, first, low, high) for group in groups)
-    return tuple(_piece(axis, view, members) for (view, _), members in found.items())  # type: ignore[misc]
+    return tuple(_piece(axis, view, members) for (view, _), members in found.items())
 
 
 def _piece(axis: Axis, view: tuple[tuple[int, int], ...], members: list[tuple[int, int, int, int]]) -> Piece:
@@ -143,7 +143,8 @@ def tile_sizes(window: Window, blocks: int, width: int, relative: bool) -> tuple
         width: of a head's keys and values together.
         relative: whether there is a relative position table.
     """
-    best, least = (), math.inf
+    best: tuple[int, ...] = ()
+    least = math.inf
     for chosen in itertools.product(*(_summaries(axis) for axis in window.axes)):
         cost = _nanoseconds(chosen, blocks, width)
         if cost < least:
@@ -154,9 +155,10 @@ def tile_sizes(window: Window, blocks: int, width: int, relative: bool) -> tuple
 def _nanoseconds(chosen: tuple[Summary, ...], blocks: int, width: int) -> float:
     """Forward and backward on one core of a server, fitted to measurements within 5 %."""
     scores = math.prod(s.products for s in chosen)
-    keys = math.prod(s.keys for s in chosen)  # gathered, packed by the matrix product, scattered
+    # Keys are gathered, packed by the matrix product and scattered; when the grid is one tile they stay where they are.
+    keys = 0 if all(s.tiles == 1 for s in chosen) else math.prod(s.keys for s in chosen)
     calls = math.prod(s.pieces for s in chosen)
-    return blocks * (scores * (2.5 + 0.08 * width) + keys * 3.1 * width) + calls * 150e3
+    return blocks * (scores * (2.5 + 0.08 * width) + keys * 3.1 * width) + calls * 300e3
 
 
 # -------------------------------------------------------------------------------------------- tiles of the whole grid

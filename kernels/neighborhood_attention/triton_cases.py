@@ -21,7 +21,6 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "1-D, large window", lambda: _call(HALF, 128, (4096,), 512, forward_only=True)
     yield "3-D, heads of 32", lambda: _call(FLOAT, 32, (16, 16, 16), 5)
     yield "3-D, heads of 64, biased", lambda: _call(FLOAT, 64, (16, 16, 16), 5, biased=True)
-    yield "2-D, heads of 128", lambda: _call(FLOAT, 128, (56, 56), 7)
     yield "2-D, heads of 256", lambda: _call(FLOAT, 256, (56, 56), 7)
     for width in (32, 128):
         yield (

@@ -1,10 +1,10 @@
 """Kernels of neighbourhood attention: forward, gradients of queries, of keys and values, and of the bias table.
 
 The grid always has three axes here, the leading ones of length 1 where ``AXES`` is less. For axis ``i``: ``L`` its
-length, ``K`` kernel size, ``S`` stride, ``D`` dilation, ``C`` whether causal. A program takes a tile of ``T0 x T1 x T2`` tokens of
-one dilation group, so that dilation is nothing but a longer stride, and one head; it walks the box of tokens its own
-can see (or be seen by) in flattened chunks. Coordinates are those within the group. A query sees ``count`` keys from
-``start`` on each axis, which is one unsigned comparison per axis and score.
+length, ``K`` kernel size, ``S`` stride, ``D`` dilation, ``C`` whether causal. A program takes one head and a tile of
+``T0`` x ``T1`` x ``T2`` tokens of one dilation group, so that dilation is nothing but a longer stride; it walks the box
+of tokens its own can see (or be seen by) in flattened chunks. Coordinates are those within the group. A query sees
+``count`` keys from ``start`` on each axis, which is one unsigned comparison per axis and score.
 """
 
 from __future__ import annotations
@@ -420,7 +420,6 @@ def frame_gradient(
     chunk = pid % chunks
     split = pid // chunks % splits
     head = (pid // (chunks * splits)).to(tl.int64)
-    width0 = T0 + 2 * K0 - 2
     width1 = T1 + 2 * K1 - 2
     width2 = T2 + 2 * K2 - 2
     j = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -500,22 +499,23 @@ def table_gradient(
     frames, d_rpb, heads, splits, chunks, K0, K1, K2,
     T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One entry of the table for one head: the frames' places at its distance from each query of a tile, summed."""
+    """Entries of the table for one head: the frames' places at their distance from each query of a tile, summed."""
     BLOCK: tl.constexpr = T0 * T1 * T2
     size1 = 2 * K1 - 1
     size2 = 2 * K2 - 1
     table = (2 * K0 - 1) * size1 * size2
+    blocks = tl.cdiv(table, BLOCK_N)
     pid = tl.program_id(0)
-    entry = pid % table
-    head = (pid // table).to(tl.int64)
+    entry = pid % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    head = (pid // blocks).to(tl.int64)
     m0, m1, m2 = _tile_tokens(T0, T1, T2)
-    z0 = m0 + entry // (size1 * size2)
-    z1 = m1 + entry // size2 % size1
-    z2 = m2 + entry % size2
-    place = (z0 * (T1 + size1 - 1) + z1) * (T2 + size2 - 1) + z2
+    z0 = m0[:, None] + (entry // (size1 * size2))[None, :]
+    z1 = m1[:, None] + (entry // size2 % size1)[None, :]
+    z2 = m2[:, None] + (entry % size2)[None, :]
     m = tl.arange(0, BLOCK)
-    sums = tl.zeros([BLOCK], tl.float32)
+    place = m[:, None] * (chunks * BLOCK_N) + (z0 * (T1 + size1 - 1) + z1) * (T2 + size2 - 1) + z2
+    sums = tl.zeros([BLOCK, BLOCK_N], tl.float32)
     for split in range(splits):
-        frame = (split * heads + head) * BLOCK + m
-        sums += tl.load(frames + frame * (chunks * BLOCK_N) + place)
-    tl.store(d_rpb + head * table + entry, tl.sum(sums, 0))
+        frame = (split * heads + head) * BLOCK * (chunks * BLOCK_N)
+        sums += tl.load(frames + frame + place, mask=(entry < table)[None, :], other=0.0)
+    tl.store(d_rpb + head * table + entry, tl.sum(sums, 0), mask=entry < table)

@@ -108,7 +108,7 @@ def _bias_gradient(operands: Mapping[str, Any], rpb: Tensor, window: Window, con
     kernel_size = {f"K{i}": axis.kernel for i, axis in enumerate(axes)}
     launch(
         table_gradient,
-        lambda c: (d_rpb.numel(),),
+        lambda c: (triton.cdiv(d_rpb[0].numel(), block_n) * heads,),
         {**counts, **kernel_size, "heads": heads, "d_rpb": d_rpb},
         [config],
     )
@@ -186,7 +186,7 @@ def _configs(q: Tensor, v: Tensor, window: Window, backward: bool, biased: bool)
     if q.dtype == torch.float32:
         if width > 64:
             # Exact products of such wide heads hold whole rows in registers, whatever the tile.
-            return [_config(16, axes, 16, 8, 1, spills=64 if width == 128 else 384)]
+            return [_config(16, axes, 16, 8, 1, spills=384)]
         return [_config(64 if width <= 32 and not biased else 32, axes, 32, 8, 1)]
     if width > 128 or (biased and width > 64):
         return [_config(32, axes, 32, 4, 1)]
