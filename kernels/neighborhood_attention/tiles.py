@@ -153,12 +153,12 @@ def tile_sizes(window: Window, blocks: int, width: int, relative: bool) -> tuple
 
 
 def _nanoseconds(chosen: tuple[Summary, ...], blocks: int, width: int) -> float:
-    """Forward and backward on one core of a server, fitted to measurements within 5 %."""
+    """Forward and backward, fitted on one core of a server; a call costs more where threads must be woken for it."""
     scores = math.prod(s.products for s in chosen)
     # Keys are gathered, packed by the matrix product and scattered; when the grid is one tile they stay where they are.
     keys = 0 if all(s.tiles == 1 for s in chosen) else math.prod(s.keys for s in chosen)
     calls = math.prod(s.pieces for s in chosen)
-    return blocks * (scores * (2.5 + 0.08 * width) + keys * 3.1 * width) + calls * 300e3
+    return blocks * (scores * (2.5 + 0.08 * width) + keys * 3.1 * width) + calls * 500e3
 
 
 # -------------------------------------------------------------------------------------------- tiles of the whole grid
