@@ -80,7 +80,7 @@ def attend_backward(
     if serves:
         d, e = q.shape[3], v.shape[3]
         q, k, v, _ = _same_width(q, k, v)
-        out, grad_out = (F.pad(t, (0, q.shape[3] - e)) for t in (out, grad_out))
+        out, grad_out = (_widened(t, q.shape[3]) for t in (out, grad_out))
         d_q, d_k, d_v = _flash_backward(
             grad_out, q, k, v, out, _finite(lse), 0.0, False, attn_mask=_additive(mask, bias, q), scale=scale
         )
@@ -111,9 +111,15 @@ def _fused_serves(q: Tensor, bias: Tensor | None) -> bool:
 def _same_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
     """Operands whose last axis is dense and equally long in all, and the width of the output."""
     width = max(q.shape[3], v.shape[3])
-    q, k, v_ = (F.pad(t, (0, width - t.shape[3])) for t in (q, k, v))
-    dense = [t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v_)]
-    return dense[0], dense[1], dense[2], v.shape[3]
+    a, b, c = (_widened(t, width) for t in (q, k, v))
+    return a, b, c, v.shape[3]
+
+
+def _widened(x: Tensor, width: int) -> Tensor:
+    """``x`` with zeros up to ``width`` and a dense last axis; padding by nothing would copy."""
+    if x.shape[3] != width:
+        return F.pad(x, (0, width - x.shape[3]))
+    return x if x.stride(3) == 1 else x.contiguous()
 
 
 def _additive(mask: Tensor | None, bias: Tensor | None, q: Tensor) -> Tensor | None:

@@ -1,6 +1,8 @@
 """Seeds for every test, and a cache folder that is the test session's own."""
 
+import dataclasses
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,14 @@ def _seeded() -> None:
     import torch
 
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _quick_interpreter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter's check of integer overflow doubles its time; tests named after it keep it."""
+    if "triton.runtime.interpreter" in sys.modules and "overflow" not in request.node.name:
+        builder = sys.modules["triton.runtime.interpreter"].interpreter_builder
+        monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))
 
 
 @pytest.fixture(autouse=True, scope="session")

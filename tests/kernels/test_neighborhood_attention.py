@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from functools import partial
 
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import INTERPRETING, explain
+from kernels.backend import explain
 from kernels.errors import InputError
 from kernels.neighborhood_attention import Fit, eager, fit_window, neighborhood_attention
 from kernels.neighborhood_attention.tiles import intervals, looks, mask, tile_sizes
@@ -27,16 +26,6 @@ from tests.kernels.contract import (
 )
 
 BACKENDS = ["torch", "triton"]
-
-
-@pytest.fixture(autouse=True)
-def _quick_interpreter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter's check of integer overflow doubles the time; one test keeps it."""
-    if INTERPRETING and "overflow" not in request.node.name:
-        from triton.runtime.interpreter import interpreter_builder
-
-        quick = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
-        monkeypatch.setattr(interpreter_builder, "options", quick)
 
 
 def inputs(

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-from collections.abc import Iterator
-from unittest import mock
-
 import torch
 from torch import Tensor
 
@@ -22,23 +17,9 @@ _BACKENDS = ["torch", "reference"] + (["triton"] if INTERPRETING else [])
 
 @adapter("kern_na1d_*", "kern_na2d_[!a]*", "kern_na3d_*")  # na2d_av is another operator
 def kern_na(case: Case) -> dict[str, Tensor]:
-    with _quick_interpreter():
-        for backend in _BACKENDS[1:]:
-            compare(case, _run(case, backend), {})
+    for backend in _BACKENDS[1:]:
+        compare(case, _run(case, backend), {})
     return _run(case, _BACKENDS[0])
-
-
-@contextlib.contextmanager
-def _quick_interpreter() -> Iterator[None]:
-    """Without the interpreter's check of integer overflow, which doubles the time."""
-    if not INTERPRETING:
-        yield
-        return
-    from triton.runtime.interpreter import interpreter_builder
-
-    quick = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
-    with mock.patch.object(interpreter_builder, "options", quick):
-        yield
 
 
 def _run(case: Case, backend: str) -> dict[str, Tensor]:
