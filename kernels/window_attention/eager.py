@@ -1,0 +1,208 @@
+"""Window attention on any device: windows are copied together a few at a time and attended to as dense problems.
+
+Only the windows at an edge that a shift or an extension touches have a mask; windows that are alike share it. On the
+CPU the forward pass, and the backward pass where the bias is frozen, go through PyTorch's fused kernel; the gradient of
+the bias needs the scores, and takes matrix products on scores that stay in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.softmax_attention import attend
+from kernels.window_attention.geometry import Geometry, Piece, Span, mask, spans
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+# Numbers per operand of windows that are computed together, and scores where they are kept: what stays in the cache of
+# a CPU.
+TOKENS_AT_ONCE = 1 << 19
+SCORES_AT_ONCE = 1 << 19
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, geometry: Geometry, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Outputs (B, H, W, heads, E) and log-sum-exp (B, H, W, heads), both contiguous."""
+    precise = torch.promote_types(q.dtype, torch.float32)
+    out = q.new_empty(*q.shape[:4], v.shape[4])
+    lse = q.new_empty(q.shape[:4], dtype=precise)
+    for block in _blocks(q, v, geometry, fused=True):
+        a, b, c = (block.gather(t, precise) for t in (q, k, v))
+        part, sums = _attend(a, b, c, scale, block.added(bias, geometry, lse))
+        block.scatter(out, part)
+        block.scatter(lse, sums)
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    geometry: Geometry,
+    scale: float,
+    bias_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v and, on request, of the bias."""
+    precise = lse.dtype
+    d_q, d_k, d_v = (t.new_empty(t.shape) for t in (q, k, v))
+    if _fused_serves(q, v) and grad_lse is None and not bias_gradient:
+        finite = lse.where(lse != -torch.inf, 0)  # a row that sees nothing: scores of -inf minus 0
+        for block in _blocks(q, v, geometry, fused=True):
+            d_o, a, b, c, o, sums = (block.gather(t, precise) for t in (grad_out, q, k, v, out, finite))
+            added = block.added(bias, geometry, lse)
+            grads = _flash_backward(d_o, a, b, c, o, sums, 0.0, False, attn_mask=added, scale=scale)
+            for target, grad in zip((d_q, d_k, d_v), grads, strict=True):
+                block.scatter(target, grad)
+        return d_q, d_k, d_v, None
+    tokens, heads = geometry.tokens, (-1, q.shape[3])
+    d_bias = lse.new_zeros(1, q.shape[3] * tokens**2) if bias_gradient else None
+    # A row that sees nothing gets weights of zero, exp(-inf), and so does the extension.
+    divisor = lse.masked_fill(lse == -torch.inf, torch.inf)
+    for block in _blocks(q, v, geometry, fused=False):
+        d_o, a, b, c = (block.gather(t, precise, dense=True).flatten(0, 1) for t in (grad_out, q, k, v))
+        sums = block.gather(divisor, precise, fill=torch.inf)[..., None]
+        added = block.added(bias, geometry, lse)
+        weights = (-sums).expand(*sums.shape[:3], tokens).contiguous() if added is None else added - sums
+        weights = weights.flatten(0, 1).baddbmm_(a, b.mT, alpha=scale).exp_()
+        block.scatter(d_v, (weights.mT @ d_o).unflatten(0, heads))
+        d_scores = d_o @ c.mT
+        d_scores = torch.ops.aten._softmax_backward_data.out(d_scores, weights, -1, precise, grad_input=d_scores)
+        if grad_lse is not None:
+            d_scores.addcmul_(weights, block.gather(grad_lse, precise).flatten(0, 1)[..., None])
+        if d_bias is not None:
+            windows = d_scores.view(-1, d_bias.shape[1])
+            d_bias.addmm_(windows.new_ones(1, len(windows)), windows)
+        # One product per gradient, with the scale on the smaller operand's side.
+        block.scatter(d_q, (d_scores @ b.mul_(scale)).unflatten(0, heads))
+        block.scatter(d_k, (d_scores.mT @ a.mul_(scale)).unflatten(0, heads))
+    if d_bias is not None and bias is not None:
+        d_bias = d_bias.view(bias.shape).to(bias.dtype)
+    return d_q, d_k, d_v, d_bias
+
+
+def _fused_serves(q: Tensor, v: Tensor) -> bool:
+    return q.device.type == "cpu" and q.shape[4] == v.shape[4]
+
+
+def _attend(a: Tensor, b: Tensor, c: Tensor, scale: float, added: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Outputs and log-sum-exp of dense windows (windows, heads, tokens, ...)."""
+    if a.device.type != "cpu" or a.shape[3] != c.shape[3]:
+        return attend(a, b, c, scale, bias=added)
+    out, lse = _flash(a, b, c, attn_mask=added, scale=scale)
+    if added is not None:
+        lse = lse.masked_fill((added == -torch.inf).all(-1), -torch.inf)
+    return out, lse
+
+
+@dataclass(frozen=True)
+class Block:
+    """Windows that are computed together: some rows and columns of windows of some maps."""
+
+    first: int
+    maps: int
+    heads: int
+    rows: Span
+    columns: Span
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Maps, rows and columns of windows, heads, rows and columns of tokens."""
+        return (
+            self.maps,
+            self.rows.count,
+            self.columns.count,
+            self.heads,
+            self.rows.axis.window,
+            self.columns.axis.window,
+        )
+
+    def gather(self, x: Tensor, dtype: torch.dtype, fill: float = 0, dense: bool = False) -> Tensor:
+        """(B, H, W, heads, ...) to (windows, heads, tokens, ...); ``fill`` stands for the extension.
+
+        Args:
+            dense: whether the result must be contiguous and may be written to. Otherwise tokens may lie outside heads,
+                which is the cheaper copy.
+        """
+        maps, rows, columns, heads, height, width = self.shape
+        if dense:
+            buffer = x.new_empty(*self.shape, *x.shape[4:], dtype=dtype)
+        else:
+            buffer = x.new_empty(maps, rows, columns, height, width, heads, *x.shape[4:], dtype=dtype).movedim(5, 3)
+        if not (self.rows.whole and self.columns.whole):
+            buffer.fill_(fill)
+        for row in self.rows.pieces:
+            for column in self.columns.pieces:
+                buffer[:, :, :, :, row.start : row.stop, column.start : column.stop] = self._view(x, row, column)
+        return buffer.flatten(4, 5).flatten(0, 2)
+
+    def scatter(self, target: Tensor, values: Tensor) -> None:
+        """(windows, heads, tokens, ...) into their places of (B, H, W, heads, ...); the extension is dropped."""
+        values = values.unflatten(2, self.shape[4:]).unflatten(0, self.shape[:3])
+        for row in self.rows.pieces:
+            for column in self.columns.pieces:
+                part = values[:, :, :, :, row.start : row.stop, column.start : column.stop]
+                self._view(target, row, column).copy_(part)
+
+    def added(self, bias: Tensor | None, geometry: Geometry, like: Tensor) -> Tensor | None:
+        """Bias and mask together, (1, heads or 1, tokens, tokens), in the dtype of ``like``."""
+        hidden = mask(
+            (self.rows.padded, self.rows.wrapped),
+            (self.columns.padded, self.columns.wrapped),
+            geometry.released,
+            geometry.hide,
+        )
+        if hidden is None:
+            return None if bias is None else bias.to(like)[None]
+        if bias is None:
+            return hidden.to(like)[None, None]
+        return (bias.to(like) + hidden.to(like))[None]
+
+    def _view(self, x: Tensor, row: Piece, column: Piece) -> Tensor:
+        """The tokens of a piece of every window, in ``shape``'s order, as a view of ``x`` (B, H, W, heads, ...)."""
+        batch, down, right, head, *rest = x.stride()
+        size = (*self.shape[:4], row.stop - row.start, column.stop - column.start, *x.shape[4:])
+        stride = (
+            batch,
+            down * self.rows.axis.window_step,
+            right * self.columns.axis.window_step,
+            head,
+            down * self.rows.axis.token_step,
+            right * self.columns.axis.token_step,
+            *rest,
+        )
+        start = self.first * batch + row.position * down + column.position * right
+        return x.as_strided(size, stride, x.storage_offset() + start)
+
+
+def _blocks(q: Tensor, v: Tensor, geometry: Geometry, fused: bool) -> Iterator[Block]:
+    """All windows, a few at a time; those of a block are alike.
+
+    Args:
+        fused: whether no scores will be kept.
+    """
+    batch, _, _, heads, width = q.shape
+    if q.numel() == 0 or v.numel() == 0:
+        return
+    numbers = heads * geometry.tokens * max(width, v.shape[4])
+    most = TOKENS_AT_ONCE // numbers if fused else SCORES_AT_ONCE // max(heads * geometry.tokens**2, numbers)
+    most = max(most, 1)
+    for rows in spans(geometry.rows):
+        for columns in spans(geometry.columns):
+            across = min(columns.count, most)
+            down = min(rows.count, max(most // across, 1))
+            maps = min(batch, max(most // (across * down), 1))
+            for b in range(0, batch, maps):
+                for y in range(0, rows.count, down):
+                    for x in range(0, columns.count, across):
+                        yield Block(b, min(maps, batch - b), heads, rows.part(y, down), columns.part(x, across))
