@@ -6,6 +6,7 @@ cyclic shift, padding and their reversal are arithmetic on addresses: no rearran
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kernels.backend import Choice, choose
@@ -21,6 +22,7 @@ KINDS = ("window", "grid")
 SHIFT_MASKS = ("hidden", "released")
 PADDINGS = ("error", "hide", "zero")
 LARGEST_HEAD = 256
+LARGEST_FLOAT32_HEAD = 128  # exact products of wider ones do not fit the registers
 
 
 def window_attention(
@@ -141,8 +143,13 @@ def plan(
             f"got {tuple(bias.shape)}."
         )
     largest = max(q.shape[4], v.shape[4])
-    refusal = f"heads are {largest} wide and the kernels take up to {LARGEST_HEAD}" if largest > LARGEST_HEAD else None
+    most = LARGEST_FLOAT32_HEAD if q.dtype == torch.float32 else LARGEST_HEAD
+    refusal = f"heads are {largest} wide and the kernels take up to {most} of {_name(q)}" if largest > most else None
     return choose("window_attention", backend, (q, k, v), refusal)
+
+
+def _name(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:

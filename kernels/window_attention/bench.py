@@ -72,8 +72,9 @@ def _case(problem: Problem, device: torch.device, dtype: torch.dtype) -> Case:
     mask = _shift_mask(problem, device)
 
     def ours() -> Tensor:
+        q, k, v = qkv.unbind(3)
         out = window_attention(
-            *qkv.unbind(3), problem.window, kind=problem.kind, shift=problem.shift, bias=bias, shift_mask="released"
+            q, k, v, problem.window, kind=problem.kind, shift=problem.shift, bias=bias, shift_mask="released"
         )
         assert isinstance(out, Tensor)
         return out

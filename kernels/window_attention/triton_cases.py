@@ -13,17 +13,18 @@ from kernels.window_attention.geometry import geometry
 def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """Every tile size; masks, bias and its gradient where they weigh most."""
     half, single = torch.bfloat16, torch.float32
-    yield "7 x 7, heads of 32, trained bias", lambda: _call(half, 32, (7, 7))
+    yield "7 x 7, heads of 32", lambda: _call(half, 32, (7, 7))
     yield "7 x 7, heads of 64, shifted, extended", lambda: _call(half, 64, (7, 7), shift=3, side=58)
-    yield "7 x 7, heads of 128, no bias", lambda: _call(half, 128, (7, 7), biased=False)
     yield "4 x 4", lambda: _call(half, 32, (4, 4))
     yield "4 x 8 grid", lambda: _call(half, 32, (4, 8), grid=True)
-    yield "7 x 7", lambda: _call(single, 32, (7, 7), shift=3)
-    yield "8 x 8, heads of 64", lambda: _call(single, 64, (8, 8))
+    yield "7 x 7, shifted", lambda: _call(single, 32, (7, 7), shift=3)
+    yield "4 x 8 grid", lambda: _call(single, 32, (4, 8), grid=True, biased=False)
     yield "16 x 16, heads of 32", lambda: _call(half, 32, (16, 16))
-    yield "12 x 12, heads of 128, shifted, extended", lambda: _call(half, 128, (12, 12), shift=6, side=58)
+    yield "16 x 16, heads of 64, shifted", lambda: _call(half, 64, (16, 16), shift=8)
+    yield "12 x 12, heads of 128, shifted, extended", lambda: _call(half, 128, (12, 12), shift=6, side=58, biased=False)
     yield "7 x 7, heads of 256", lambda: _call(half, 256, (7, 7), biased=False)
-    yield "16 x 16", lambda: _call(single, 32, (16, 16))
+    yield "16 x 16, heads of 32", lambda: _call(single, 32, (16, 16))
+    yield "7 x 7, heads of 128, shifted", lambda: _call(single, 128, (7, 7), shift=3)
 
 
 def _call(

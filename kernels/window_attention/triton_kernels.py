@@ -8,7 +8,8 @@ A window of one tile is attended to at once, by programs that go through many wi
 larger ones in blocks of queries and keys.
 
 ``PADDED``: 0, the windows fill the map; 1, the extension is hidden; 2, it is seen as zeros. ``SHIFTED``: 0, no shift;
-1, tokens on two sides of an edge are hidden from each other; 2, they are kept apart by -100.
+1, tokens on two sides of an edge are hidden from each other; 2, they are kept apart by -100. ``WIDE``: whether places
+within one map need 64 bits.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def _axis(index, token, window, windows, shift, GRID: tl.constexpr, SHIFTED: tl.
 @triton.jit
 def _places(
     window, tokens, height, width, rows, columns, rows_of_windows, columns_of_windows, shift_y, shift_x,
-    GRID: tl.constexpr, PADDED: tl.constexpr, SHIFTED: tl.constexpr,
+    GRID: tl.constexpr, PADDED: tl.constexpr, SHIFTED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Of a window's tokens: row and column in the map, whether they exist, are seen, and their side of the edges."""
     window = window % (rows_of_windows * columns_of_windows)
@@ -54,7 +55,10 @@ def _places(
         if PADDED == 1:
             seen = real
     side = 2 * below.to(tl.int32) + beyond.to(tl.int32)
-    return y.to(tl.int64), x.to(tl.int64), real, seen, side
+    if WIDE:
+        y = y.to(tl.int64)
+        x = x.to(tl.int64)
+    return y, x, real, seen, side
 
 
 @triton.jit
@@ -101,7 +105,8 @@ def tile_forward(
     height, width, rows, columns, rows_of_windows, columns_of_windows, shift_y, shift_x,
     q_batch, q_row, q_column, q_head, k_batch, k_row, k_column, k_head, v_batch, v_row, v_column, v_head,
     HEADS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    GRID: tl.constexpr, PADDED: tl.constexpr, SHIFTED: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+    GRID: tl.constexpr, PADDED: tl.constexpr, SHIFTED: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     head = (tl.program_id(0) % HEADS).to(tl.int64)
     first = tl.program_id(0) // HEADS * per_program
@@ -115,7 +120,7 @@ def tile_forward(
         image = (window // (rows_of_windows * columns_of_windows)).to(tl.int64)
         y, x, real, seen, side = _places(
             window, tokens, height, width, rows, columns, rows_of_windows, columns_of_windows, shift_y, shift_x,
-            GRID, PADDED, SHIFTED,
+            GRID, PADDED, SHIFTED, WIDE,
         )  # fmt: skip
         q_tile = _tile(q + image * q_batch + head * q_head, y, x, q_row, q_column, real, d, D)
         k_tile = _tile(k + image * k_batch + head * k_head, y, x, k_row, k_column, real, d, D)
@@ -128,13 +133,14 @@ def tile_forward(
         some = total > 0
         total = tl.where(some, total, 1.0)
         sums = tl.dot(weights.to(v_tile.dtype), v_tile, input_precision=PRECISION) / total[:, None]
-        token = ((image * height + y) * width + x) * HEADS + head
+        origin = image * height * width * HEADS + head
+        token = (y * width + x) * HEADS
         tl.store(
-            out + token[:, None] * E + e[None, :],
+            out + origin * E + token[:, None] * E + e[None, :],
             sums.to(out.dtype.element_ty),
             mask=real[:, None] & (e < E)[None, :],
         )
-        tl.store(lse + token, tl.where(some, (finite + tl.log2(total)) * LN2, float("-inf")), mask=real)
+        tl.store(lse + origin + token, tl.where(some, (finite + tl.log2(total)) * LN2, float("-inf")), mask=real)
 
 
 @triton.jit
@@ -143,34 +149,38 @@ def tile_backward(
     height, width, rows, columns, rows_of_windows, columns_of_windows, shift_y, shift_x,
     q_batch, q_row, q_column, q_head, k_batch, k_row, k_column, k_head, v_batch, v_row, v_column, v_head,
     HEADS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    GRID: tl.constexpr, PADDED: tl.constexpr, SHIFTED: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+    GRID: tl.constexpr, PADDED: tl.constexpr, SHIFTED: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     head = (tl.program_id(0) % HEADS).to(tl.int64)
     first = tl.program_id(0) // HEADS * per_program
     tokens = tl.arange(0, BLOCK)
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_E)
+    size = rows * columns
     added = bias
     if added is not None:
-        added = _bias_tile(bias + head * rows * columns * rows * columns, tokens, tokens, rows * columns)
+        added = _bias_tile(bias + head * size * size, tokens, tokens, size)
     bias_sums = tl.zeros([BLOCK, BLOCK], tl.float32)
+    nought = 0
     for window in range(first, tl.minimum(first + per_program, total_windows)):
         image = (window // (rows_of_windows * columns_of_windows)).to(tl.int64)
         y, x, real, seen, side = _places(
             window, tokens, height, width, rows, columns, rows_of_windows, columns_of_windows, shift_y, shift_x,
-            GRID, PADDED, SHIFTED,
+            GRID, PADDED, SHIFTED, WIDE,
         )  # fmt: skip
-        token = ((image * height + y) * width + x) * HEADS + head
+        origin = image * height * width * HEADS + head
+        token = (y * width + x) * HEADS
         q_tile = _tile(q + image * q_batch + head * q_head, y, x, q_row, q_column, real, d, D)
         k_tile = _tile(k + image * k_batch + head * k_head, y, x, k_row, k_column, real, d, D)
         scores = _scores(q_tile, k_tile, scale, side, side, seen, added, SHIFTED, PRECISION)
-        weights = tl.exp2(scores - _normaliser(lse, token, real)[:, None])
+        weights = tl.exp2(scores - _normaliser(lse + origin, token, real)[:, None])
         d_out = tl.load(
-            grad_out + token[:, None] * E + e[None, :], mask=real[:, None] & (e < E)[None, :], other=0.0
+            grad_out + origin * E + token[:, None] * E + e[None, :], mask=real[:, None] & (e < E)[None, :], other=0.0
         )
         v_sums = tl.dot(tl.trans(weights).to(d_out.dtype), d_out, input_precision=PRECISION)
         tl.store(
-            d_v + token[:, None] * E + e[None, :],
+            d_v + origin * E + token[:, None] * E + e[None, :],
             v_sums.to(d_v.dtype.element_ty),
             mask=real[:, None] & (e < E)[None, :],
         )
@@ -179,23 +189,23 @@ def tile_backward(
         mean = tl.sum(weights * d_scores, 1)
         # The gradient of the log-sum-exp enters here and nowhere else.
         if grad_lse is not None:
-            mean -= tl.load(grad_lse + token, mask=real, other=0.0)
+            mean -= tl.load(grad_lse + origin + token, mask=real, other=0.0)
         d_scores = weights * (d_scores - mean[:, None])
         if d_bias is not None:
             bias_sums += d_scores
+        nought = tl.minimum(window, 0)
         narrow = d_scores.to(q_tile.dtype)
         q_sums = tl.dot(narrow, k_tile, input_precision=PRECISION) * scale
         k_sums = tl.dot(tl.trans(narrow), q_tile, input_precision=PRECISION) * scale
         inside = real[:, None] & (d < D)[None, :]
-        tl.store(d_q + token[:, None] * D + d[None, :], q_sums.to(d_q.dtype.element_ty), mask=inside)
-        tl.store(d_k + token[:, None] * D + d[None, :], k_sums.to(d_k.dtype.element_ty), mask=inside)
+        tl.store(d_q + origin * D + token[:, None] * D + d[None, :], q_sums.to(d_q.dtype.element_ty), mask=inside)
+        tl.store(d_k + origin * D + token[:, None] * D + d[None, :], k_sums.to(d_k.dtype.element_ty), mask=inside)
     if d_bias is not None:
-        size = rows * columns
-        tl.store(
-            d_bias + tl.program_id(0).to(tl.int64) * size * size + tokens[:, None] * size + tokens[None, :],
-            bias_sums,
-            mask=(tokens < size)[:, None] & (tokens < size)[None, :],
-        )
+        # Addresses of the bias would else be kept through the loop, in registers that it needs.
+        queries = tokens + nought
+        inside = (queries < size)[:, None] & (tokens < size)[None, :]
+        part = d_bias + tl.program_id(0).to(tl.int64) * size * size
+        tl.store(part + queries[:, None] * size + tokens[None, :], bias_sums, mask=inside)
 
 
 @triton.jit
@@ -204,8 +214,8 @@ def block_forward(
     height, width, rows, columns, rows_of_windows, columns_of_windows, shift_y, shift_x,
     q_batch, q_row, q_column, q_head, k_batch, k_row, k_column, k_head, v_batch, v_row, v_column, v_head,
     HEADS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    GRID: tl.constexpr, PADDED: tl.constexpr, SHIFTED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+    GRID: tl.constexpr, PADDED: tl.constexpr, SHIFTED: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     size = rows * columns
     blocks = tl.cdiv(size, BLOCK)
@@ -218,7 +228,7 @@ def block_forward(
     e = tl.arange(0, BLOCK_E)
     y, x, real, _, q_side = _places(
         window, queries, height, width, rows, columns, rows_of_windows, columns_of_windows, shift_y, shift_x,
-        GRID, PADDED, SHIFTED,
+        GRID, PADDED, SHIFTED, WIDE,
     )  # fmt: skip
     q_tile = _tile(q + image * q_batch + head * q_head, y, x, q_row, q_column, real, d, D)
     highest = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -228,7 +238,7 @@ def block_forward(
         keys = n + tl.arange(0, BLOCK_N)
         k_y, k_x, k_real, seen, k_side = _places(
             window, keys, height, width, rows, columns, rows_of_windows, columns_of_windows, shift_y, shift_x,
-            GRID, PADDED, SHIFTED,
+            GRID, PADDED, SHIFTED, WIDE,
         )  # fmt: skip
         k_tile = _tile(k + image * k_batch + head * k_head, k_y, k_x, k_row, k_column, k_real, d, D)
         added = bias
@@ -245,13 +255,14 @@ def block_forward(
         highest = new
     some = total > 0
     total = tl.where(some, total, 1.0)
-    token = ((image * height + y) * width + x) * HEADS + head
+    origin = image * height * width * HEADS + head
+    token = (y * width + x) * HEADS
     tl.store(
-        out + token[:, None] * E + e[None, :],
+        out + origin * E + token[:, None] * E + e[None, :],
         (sums / total[:, None]).to(out.dtype.element_ty),
         mask=real[:, None] & (e < E)[None, :],
     )
-    tl.store(lse + token, tl.where(some, (highest + tl.log2(total)) * LN2, float("-inf")), mask=real)
+    tl.store(lse + origin + token, tl.where(some, (highest + tl.log2(total)) * LN2, float("-inf")), mask=real)
 
 
 @triton.jit
@@ -260,8 +271,8 @@ def query_gradient(
     height, width, rows, columns, rows_of_windows, columns_of_windows, shift_y, shift_x,
     q_batch, q_row, q_column, q_head, k_batch, k_row, k_column, k_head, v_batch, v_row, v_column, v_head,
     HEADS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    GRID: tl.constexpr, PADDED: tl.constexpr, SHIFTED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+    GRID: tl.constexpr, PADDED: tl.constexpr, SHIFTED: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     size = rows * columns
     blocks = tl.cdiv(size, BLOCK)
@@ -273,25 +284,26 @@ def query_gradient(
     e = tl.arange(0, BLOCK_E)
     y, x, real, _, q_side = _places(
         window, queries, height, width, rows, columns, rows_of_windows, columns_of_windows, shift_y, shift_x,
-        GRID, PADDED, SHIFTED,
+        GRID, PADDED, SHIFTED, WIDE,
     )  # fmt: skip
-    token = ((image * height + y) * width + x) * HEADS + head
+    origin = image * height * width * HEADS + head
+    token = (y * width + x) * HEADS
     q_tile = _tile(q + image * q_batch + head * q_head, y, x, q_row, q_column, real, d, D)
     inside = real[:, None] & (e < E)[None, :]
-    d_out = tl.load(grad_out + token[:, None] * E + e[None, :], mask=inside, other=0.0)
-    o_tile = tl.load(out + token[:, None] * E + e[None, :], mask=inside, other=0.0)
+    d_out = tl.load(grad_out + origin * E + token[:, None] * E + e[None, :], mask=inside, other=0.0)
+    o_tile = tl.load(out + origin * E + token[:, None] * E + e[None, :], mask=inside, other=0.0)
     # The gradient of the log-sum-exp enters here and nowhere else.
     mean = tl.sum(d_out.to(tl.float32) * o_tile.to(tl.float32), 1)
     if grad_lse is not None:
-        mean -= tl.load(grad_lse + token, mask=real, other=0.0)
-    tl.store(delta + token, mean, mask=real)
-    normaliser = _normaliser(lse, token, real)
+        mean -= tl.load(grad_lse + origin + token, mask=real, other=0.0)
+    tl.store(delta + origin + token, mean, mask=real)
+    normaliser = _normaliser(lse + origin, token, real)
     sums = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     for n in range(0, size, BLOCK_N):
         keys = n + tl.arange(0, BLOCK_N)
         k_y, k_x, k_real, seen, k_side = _places(
             window, keys, height, width, rows, columns, rows_of_windows, columns_of_windows, shift_y, shift_x,
-            GRID, PADDED, SHIFTED,
+            GRID, PADDED, SHIFTED, WIDE,
         )  # fmt: skip
         k_tile = _tile(k + image * k_batch + head * k_head, k_y, k_x, k_row, k_column, k_real, d, D)
         v_tile = _tile(v + image * v_batch + head * v_head, k_y, k_x, v_row, v_column, k_real, e, E)
@@ -303,7 +315,7 @@ def query_gradient(
         d_scores = weights * (tl.dot(d_out, tl.trans(v_tile), input_precision=PRECISION) - mean[:, None])
         sums += tl.dot(d_scores.to(k_tile.dtype), k_tile, input_precision=PRECISION)
     tl.store(
-        d_q + token[:, None] * D + d[None, :],
+        d_q + origin * D + token[:, None] * D + d[None, :],
         (sums * scale).to(d_q.dtype.element_ty),
         mask=real[:, None] & (d < D)[None, :],
     )
@@ -315,20 +327,21 @@ def key_gradients(
     height, width, rows, columns, rows_of_windows, columns_of_windows, shift_y, shift_x,
     q_batch, q_row, q_column, q_head, k_batch, k_row, k_column, k_head, v_batch, v_row, v_column, v_head,
     HEADS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    GRID: tl.constexpr, PADDED: tl.constexpr, SHIFTED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+    GRID: tl.constexpr, PADDED: tl.constexpr, SHIFTED: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     size = rows * columns
     blocks = tl.cdiv(size, BLOCK)
     head = (tl.program_id(0) // blocks % HEADS).to(tl.int64)
     window = tl.program_id(0) // (blocks * HEADS)
     image = (window // (rows_of_windows * columns_of_windows)).to(tl.int64)
+    origin = image * height * width * HEADS + head
     keys = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_E)
     y, x, real, seen, k_side = _places(
         window, keys, height, width, rows, columns, rows_of_windows, columns_of_windows, shift_y, shift_x,
-        GRID, PADDED, SHIFTED,
+        GRID, PADDED, SHIFTED, WIDE,
     )  # fmt: skip
     k_tile = _tile(k + image * k_batch + head * k_head, y, x, k_row, k_column, real, d, D)
     v_tile = _tile(v + image * v_batch + head * v_head, y, x, v_row, v_column, real, e, E)
@@ -338,30 +351,32 @@ def key_gradients(
         queries = n + tl.arange(0, BLOCK_N)
         q_y, q_x, q_real, _, q_side = _places(
             window, queries, height, width, rows, columns, rows_of_windows, columns_of_windows, shift_y, shift_x,
-            GRID, PADDED, SHIFTED,
+            GRID, PADDED, SHIFTED, WIDE,
         )  # fmt: skip
-        q_token = ((image * height + q_y) * width + q_x) * HEADS + head
+        q_token = (q_y * width + q_x) * HEADS
         q_tile = _tile(q + image * q_batch + head * q_head, q_y, q_x, q_row, q_column, q_real, d, D)
         added = bias
         if added is not None:
             added = _bias_tile(bias + head * size * size, queries, keys, size)
         scores = _scores(q_tile, k_tile, scale, q_side, k_side, seen, added, SHIFTED, PRECISION)
-        weights = tl.exp2(scores - _normaliser(lse, q_token, q_real)[:, None])
+        weights = tl.exp2(scores - _normaliser(lse + origin, q_token, q_real)[:, None])
         d_out = tl.load(
-            grad_out + q_token[:, None] * E + e[None, :], mask=q_real[:, None] & (e < E)[None, :], other=0.0
+            grad_out + origin * E + q_token[:, None] * E + e[None, :],
+            mask=q_real[:, None] & (e < E)[None, :],
+            other=0.0,
         )
         v_sums += tl.dot(tl.trans(weights).to(d_out.dtype), d_out, input_precision=PRECISION)
-        mean = tl.load(delta + q_token, mask=q_real, other=0.0)
+        mean = tl.load(delta + origin + q_token, mask=q_real, other=0.0)
         d_scores = weights * (tl.dot(d_out, tl.trans(v_tile), input_precision=PRECISION) - mean[:, None])
         k_sums += tl.dot(tl.trans(d_scores).to(q_tile.dtype), q_tile, input_precision=PRECISION)
-    token = ((image * height + y) * width + x) * HEADS + head
+    token = (y * width + x) * HEADS
     tl.store(
-        d_k + token[:, None] * D + d[None, :],
+        d_k + origin * D + token[:, None] * D + d[None, :],
         (k_sums * scale).to(d_k.dtype.element_ty),
         mask=real[:, None] & (d < D)[None, :],
     )
     tl.store(
-        d_v + token[:, None] * E + e[None, :],
+        d_v + origin * E + token[:, None] * E + e[None, :],
         v_sums.to(d_v.dtype.element_ty),
         mask=real[:, None] & (e < E)[None, :],
     )
@@ -373,8 +388,8 @@ def bias_gradient(
     height, width, rows, columns, rows_of_windows, columns_of_windows, shift_y, shift_x,
     q_batch, q_row, q_column, q_head, k_batch, k_row, k_column, k_head, v_batch, v_row, v_column, v_head,
     HEADS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    GRID: tl.constexpr, PADDED: tl.constexpr, SHIFTED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+    GRID: tl.constexpr, PADDED: tl.constexpr, SHIFTED: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One block of queries and keys of one head, summed over some windows."""
     size = rows * columns
@@ -393,22 +408,23 @@ def bias_gradient(
         image = (window // (rows_of_windows * columns_of_windows)).to(tl.int64)
         y, x, real, _, q_side = _places(
             window, queries, height, width, rows, columns, rows_of_windows, columns_of_windows, shift_y, shift_x,
-            GRID, PADDED, SHIFTED,
+            GRID, PADDED, SHIFTED, WIDE,
         )  # fmt: skip
         k_y, k_x, k_real, seen, k_side = _places(
             window, keys, height, width, rows, columns, rows_of_windows, columns_of_windows, shift_y, shift_x,
-            GRID, PADDED, SHIFTED,
+            GRID, PADDED, SHIFTED, WIDE,
         )  # fmt: skip
-        token = ((image * height + y) * width + x) * HEADS + head
+        origin = image * height * width * HEADS + head
+        token = (y * width + x) * HEADS
         q_tile = _tile(q + image * q_batch + head * q_head, y, x, q_row, q_column, real, d, D)
         k_tile = _tile(k + image * k_batch + head * k_head, k_y, k_x, k_row, k_column, k_real, d, D)
         scores = _scores(q_tile, k_tile, scale, q_side, k_side, seen, added, SHIFTED, PRECISION)
-        weights = tl.exp2(scores - _normaliser(lse, token, real)[:, None])
+        weights = tl.exp2(scores - _normaliser(lse + origin, token, real)[:, None])
         v_tile = _tile(v + image * v_batch + head * v_head, k_y, k_x, v_row, v_column, k_real, e, E)
         d_out = tl.load(
-            grad_out + token[:, None] * E + e[None, :], mask=real[:, None] & (e < E)[None, :], other=0.0
+            grad_out + origin * E + token[:, None] * E + e[None, :], mask=real[:, None] & (e < E)[None, :], other=0.0
         )
-        mean = tl.load(delta + token, mask=real, other=0.0)
+        mean = tl.load(delta + origin + token, mask=real, other=0.0)
         sums += weights * (tl.dot(d_out, tl.trans(v_tile), input_precision=PRECISION) - mean[:, None])
     part = (pid // (blocks * HEADS)).to(tl.int64) * HEADS + head
     tl.store(

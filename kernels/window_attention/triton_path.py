@@ -24,6 +24,7 @@ from kernels.window_attention.triton_kernels import (
 
 LARGEST_TILE = 64
 # Programs among which windows are divided: a few for each multiprocessor of a large GPU.
+NARROW = 2**31 - 2**16  # places up to here are 32-bit numbers
 PROGRAMS = 2048
 PROGRAMS_WITH_PARTIALS = 1024
 
@@ -170,8 +171,15 @@ def _operands(
         "GRID": rows.grid,
         "PADDED": (1 if geometry.hide else 2) if padded else 0,
         "SHIFTED": (2 if geometry.released else 1) if shifted else 0,
+        "WIDE": any(_reach(t) > NARROW for t in (q, k, v)),
         "PRECISION": precision(q.dtype),
     }
+
+
+def _reach(x: Tensor) -> int:
+    """The farthest element of one map, of the operand or of a contiguous output of its shape."""
+    rows, columns = x.shape[1:3]
+    return max(rows * x.stride(1) + columns * x.stride(2), rows * columns * x.shape[3] * x.shape[4])
 
 
 def _wider(q: Tensor, v: Tensor) -> int:
@@ -180,7 +188,7 @@ def _wider(q: Tensor, v: Tensor) -> int:
 
 def _one_tile(q: Tensor, v: Tensor, geometry: Geometry) -> bool:
     """Whether a window is one tile; wide heads would leave no registers for it."""
-    return geometry.tokens <= LARGEST_TILE and _wider(q, v) <= (64 if q.dtype == torch.float32 else 128)
+    return geometry.tokens <= LARGEST_TILE and _wider(q, v) <= (32 if q.dtype == torch.float32 else 64)
 
 
 def _tile_configs(q: Tensor, v: Tensor, geometry: Geometry, backward: bool) -> list[Config]:
@@ -188,22 +196,26 @@ def _tile_configs(q: Tensor, v: Tensor, geometry: Geometry, backward: bool) -> l
     if interpreting():
         return [Config({"BLOCK": block})]
     if q.dtype == torch.float32:
-        return [Config({"BLOCK": block}, 8 if block == 64 else 4, 1)]
+        return [Config({"BLOCK": max(block, 32)}, 8 if block == 64 else 4, 1)]
     if block < 64:
         return [Config({"BLOCK": block}, 1 if block == 16 else 2, 2)]
-    return [Config({"BLOCK": block}, 8 if backward and _wider(q, v) > 32 else 4, 2)]
+    if not backward:
+        return [Config({"BLOCK": block}, 4, 2)]
+    # Twice 64 x 64 numbers live through the loop, the bias and its gradient: two registers too many for heads of 32.
+    # More warps would not help: they share 64 rows badly.
+    return [Config({"BLOCK": block}, 4, 2, spills=8) if _wider(q, v) <= 32 else Config({"BLOCK": block}, 4, 1)]
 
 
 def _block_configs(q: Tensor, v: Tensor, backward: bool) -> list[Config]:
     """Tiles by the width of a head, chosen so that nothing spills; exact float32 products need many registers."""
     if interpreting():
-        return [Config({"BLOCK": 16, "BLOCK_N": 16})]
+        return [Config({"BLOCK": 64, "BLOCK_N": 32})]
     width = _wider(q, v)
     if q.dtype == torch.float32:
-        block, block_n = {16: (64, 64), 32: (64, 64), 64: (32, 32)}.get(width, (16, 16))
+        block, block_n = (64, 32) if width <= 32 else (16, 16)
         return [Config({"BLOCK": block, "BLOCK_N": block_n}, 8, 1)]
-    if width <= 32:
+    if width <= 32 or (width == 64 and not backward):
         return [Config({"BLOCK": 64, "BLOCK_N": 64}, 4, 2)]
     if width <= 128:
-        return [Config({"BLOCK": 64, "BLOCK_N": 32 if backward else 64}, 8 if backward else 4, 2)]
+        return [Config({"BLOCK": 64, "BLOCK_N": 32}, 8 if backward else 4, 2)]
     return [Config({"BLOCK": 32, "BLOCK_N": 32}, 4, 1 if backward else 2)]
