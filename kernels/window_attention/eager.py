@@ -7,7 +7,8 @@ the bias needs the scores, and takes matrix products on scores that stay in the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,8 @@ from kernels.window_attention.geometry import Geometry, Piece, Span, mask, spans
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
+_softmax_backward = torch.ops.aten._softmax_backward_data
+
 # Numbers per operand of windows that are computed together, and scores where they are kept: what stays in the cache of
 # a CPU.
 TOKENS_AT_ONCE = 1 << 19
@@ -29,11 +32,11 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, geometry: Geometry, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Outputs (B, H, W, heads, E) and log-sum-exp (B, H, W, heads), both contiguous."""
-    precise = torch.promote_types(q.dtype, torch.float32)
     out = q.new_empty(*q.shape[:4], v.shape[4])
-    lse = q.new_empty(q.shape[:4], dtype=precise)
+    lse = q.new_empty(q.shape[:4], dtype=torch.promote_types(q.dtype, torch.float32))
+    scratch = Scratch(lse)
     for block in _blocks(q, v, geometry, fused=True):
-        a, b, c = (block.gather(t, precise) for t in (q, k, v))
+        a, b, c = (block.gather(t, scratch[n]) for n, t in enumerate((q, k, v)))
         part, sums = _attend(a, b, c, scale, block.added(bias, geometry, lse))
         block.scatter(out, part)
         block.scatter(lse, sums)
@@ -54,38 +57,45 @@ def backward(
     bias_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v and, on request, of the bias."""
-    precise = lse.dtype
     d_q, d_k, d_v = (t.new_empty(t.shape) for t in (q, k, v))
+    # A row that sees nothing gets weights of zero, exp(-inf), and so does the extension.
+    divisor = lse.masked_fill(lse == -torch.inf, torch.inf)
+    scratch = Scratch(lse)
     if _fused_serves(q, v) and grad_lse is None and not bias_gradient:
-        finite = lse.where(lse != -torch.inf, 0)  # a row that sees nothing: scores of -inf minus 0
         for block in _blocks(q, v, geometry, fused=True):
-            d_o, a, b, c, o, sums = (block.gather(t, precise) for t in (grad_out, q, k, v, out, finite))
+            d_o, a, b, c, o = (block.gather(t, scratch[n]) for n, t in enumerate((grad_out, q, k, v, out)))
+            sums = block.gather(divisor, scratch[5], fill=torch.inf)
             added = block.added(bias, geometry, lse)
             grads = _flash_backward(d_o, a, b, c, o, sums, 0.0, False, attn_mask=added, scale=scale)
             for target, grad in zip((d_q, d_k, d_v), grads, strict=True):
                 block.scatter(target, grad)
         return d_q, d_k, d_v, None
-    tokens, heads = geometry.tokens, (-1, q.shape[3])
-    d_bias = lse.new_zeros(1, q.shape[3] * tokens**2) if bias_gradient else None
-    # A row that sees nothing gets weights of zero, exp(-inf), and so does the extension.
-    divisor = lse.masked_fill(lse == -torch.inf, torch.inf)
+    tokens, heads = geometry.tokens, q.shape[3]
+    d_bias = lse.new_zeros(1, heads * tokens**2) if bias_gradient else None
     for block in _blocks(q, v, geometry, fused=False):
-        d_o, a, b, c = (block.gather(t, precise, dense=True).flatten(0, 1) for t in (grad_out, q, k, v))
-        sums = block.gather(divisor, precise, fill=torch.inf)[..., None]
+        d_o, a, b, c = (block.gather(t, scratch[n]).flatten(0, 1) for n, t in enumerate((grad_out, q, k, v)))
+        sums = block.gather(divisor, scratch[4], fill=torch.inf)[..., None]
+        weights = scratch[5](len(sums), heads, tokens, tokens)
         added = block.added(bias, geometry, lse)
-        weights = (-sums).expand(*sums.shape[:3], tokens).contiguous() if added is None else added - sums
+        if added is None:
+            torch.neg(sums.expand_as(weights), out=weights)
+        else:
+            torch.sub(added, sums, out=weights)
         weights = weights.flatten(0, 1).baddbmm_(a, b.mT, alpha=scale).exp_()
-        block.scatter(d_v, (weights.mT @ d_o).unflatten(0, heads))
-        d_scores = d_o @ c.mT
-        d_scores = torch.ops.aten._softmax_backward_data.out(d_scores, weights, -1, precise, grad_input=d_scores)
+        product = torch.bmm(weights.mT, d_o, out=scratch[6](*c.shape))
+        block.scatter(d_v, product.unflatten(0, (-1, heads)))
+        d_scores = torch.bmm(d_o, c.mT, out=scratch[7](*weights.shape))
+        _softmax_backward.out(d_scores, weights, -1, lse.dtype, grad_input=d_scores)
         if grad_lse is not None:
-            d_scores.addcmul_(weights, block.gather(grad_lse, precise).flatten(0, 1)[..., None])
+            d_scores.addcmul_(weights, block.gather(grad_lse, scratch[4]).flatten(0, 1)[..., None])
         if d_bias is not None:
             windows = d_scores.view(-1, d_bias.shape[1])
             d_bias.addmm_(windows.new_ones(1, len(windows)), windows)
-        # One product per gradient, with the scale on the smaller operand's side.
-        block.scatter(d_q, (d_scores @ b.mul_(scale)).unflatten(0, heads))
-        block.scatter(d_k, (d_scores.mT @ a.mul_(scale)).unflatten(0, heads))
+        # The scale goes to the smaller factor.
+        product = torch.bmm(d_scores, b.mul_(scale), out=scratch[6](*a.shape))
+        block.scatter(d_q, product.unflatten(0, (-1, heads)))
+        product = torch.bmm(d_scores.mT, a.mul_(scale), out=scratch[6](*a.shape))
+        block.scatter(d_k, product.unflatten(0, (-1, heads)))
     if d_bias is not None and bias is not None:
         d_bias = d_bias.view(bias.shape).to(bias.dtype)
     return d_q, d_k, d_v, d_bias
@@ -103,6 +113,26 @@ def _attend(a: Tensor, b: Tensor, c: Tensor, scale: float, added: Tensor | None)
     if added is not None:
         lse = lse.masked_fill((added == -torch.inf).all(-1), -torch.inf)
     return out, lse
+
+
+class Scratch:
+    """Memory that blocks use one after another: fresh memory costs more than the copy into it.
+
+    ``scratch[n](*shape)`` is a tensor of that shape in slot ``n``, of unknown contents.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        self._slots: dict[int, Tensor] = {}
+
+    def __getitem__(self, slot: int) -> Callable[..., Tensor]:
+        def take(*shape: int) -> Tensor:
+            numbers = math.prod(shape)
+            if slot not in self._slots or self._slots[slot].numel() < numbers:
+                self._slots[slot] = self._like.new_empty(numbers)
+            return self._slots[slot][:numbers].view(shape)
+
+        return take
 
 
 @dataclass(frozen=True)
@@ -127,18 +157,9 @@ class Block:
             self.columns.axis.window,
         )
 
-    def gather(self, x: Tensor, dtype: torch.dtype, fill: float = 0, dense: bool = False) -> Tensor:
-        """(B, H, W, heads, ...) to (windows, heads, tokens, ...); ``fill`` stands for the extension.
-
-        Args:
-            dense: whether the result must be contiguous and may be written to. Otherwise tokens may lie outside heads,
-                which is the cheaper copy.
-        """
-        maps, rows, columns, heads, height, width = self.shape
-        if dense:
-            buffer = x.new_empty(*self.shape, *x.shape[4:], dtype=dtype)
-        else:
-            buffer = x.new_empty(maps, rows, columns, height, width, heads, *x.shape[4:], dtype=dtype).movedim(5, 3)
+    def gather(self, x: Tensor, take: Callable[..., Tensor], fill: float = 0) -> Tensor:
+        """(B, H, W, heads, ...) to contiguous (windows, heads, tokens, ...); ``fill`` stands for the extension."""
+        buffer = take(*self.shape, *x.shape[4:])
         if not (self.rows.whole and self.columns.whole):
             buffer.fill_(fill)
         for row in self.rows.pieces:

@@ -75,19 +75,19 @@ def test_it_matches_the_reference(case: str, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("channels", "value_channels"), [(8, 20), (20, 8), (40, 40)])
-@pytest.mark.parametrize("window", [2, (2, 33)])
-def test_any_width_of_heads(window: int | tuple[int, int], channels: int, value_channels: int, backend: str) -> None:
-    tensors = inputs(2, 66, heads=1, channels=channels, value_channels=value_channels)
+@pytest.mark.parametrize("window", [(2, 3), (2, 33)])
+def test_any_width_of_heads(window: tuple[int, int], channels: int, value_channels: int, backend: str) -> None:
+    tensors = inputs(2, 2 * window[1], heads=1, channels=channels, value_channels=value_channels)
     call = partial(attention, window_size=window, scale=0.3)
     assert_matches(partial(call, backend=backend), partial(call, backend="reference"), tensors)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("window", [(3, 2), (9, 8)])
+@pytest.mark.parametrize("window", [(3, 4), (9, 8)])
 def test_a_frozen_bias(window: tuple[int, int], backend: str) -> None:
-    tensors = inputs(9, 8, heads=3)
+    tensors = inputs(9, 8, heads=1)
     tokens = window[0] * window[1]
-    bias = torch.randn(3, tokens, tokens)
+    bias = torch.randn(1, tokens, tokens)
 
     def call(q: Tensor, k: Tensor, v: Tensor, backend: str) -> object:
         frozen = bias.to(q.dtype) if backend == "reference" else bias
@@ -97,7 +97,7 @@ def test_a_frozen_bias(window: tuple[int, int], backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
-@pytest.mark.parametrize("window", [(2, 3), (8, 9)])
+@pytest.mark.parametrize("window", [(4, 3), (8, 9)])
 def test_a_bias_may_hide_keys(window: tuple[int, int], backend: str) -> None:
     tensors = inputs(8, 9)
     tokens = window[0] * window[1]
