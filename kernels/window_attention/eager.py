@@ -19,13 +19,12 @@ from kernels.window_attention.geometry import Geometry, Piece, Span, mask, spans
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
 _softmax_backward = torch.ops.aten._softmax_backward_data
 
 # Numbers per operand of windows that are computed together, and scores where they are kept: what stays in the cache of
 # a CPU.
-TOKENS_AT_ONCE = 1 << 19
-SCORES_AT_ONCE = 1 << 19
+TOKENS_AT_ONCE = 1 << 20
+SCORES_AT_ONCE = 1 << 20
 
 
 def forward(
@@ -36,7 +35,7 @@ def forward(
     lse = q.new_empty(q.shape[:4], dtype=torch.promote_types(q.dtype, torch.float32))
     scratch = Scratch(lse)
     for block in _blocks(q, v, geometry, fused=True):
-        a, b, c = (block.gather(t, scratch[n]) for n, t in enumerate((q, k, v)))
+        a, b, c = _operands(q, k, v, block, scratch)
         part, sums = _attend(a, b, c, scale, block.added(bias, geometry, lse))
         block.scatter(out, part)
         block.scatter(lse, sums)
@@ -63,8 +62,9 @@ def backward(
     scratch = Scratch(lse)
     if _fused_serves(q, v) and grad_lse is None and not bias_gradient:
         for block in _blocks(q, v, geometry, fused=True):
-            d_o, a, b, c, o = (block.gather(t, scratch[n]) for n, t in enumerate((grad_out, q, k, v, out)))
-            sums = block.gather(divisor, scratch[5], fill=torch.inf)
+            a, b, c = _operands(q, k, v, block, scratch)
+            d_o, o = (block.tokens(t, scratch[n]).transpose(1, 2) for n, t in ((3, grad_out), (4, out)))
+            sums = block.heads_first(divisor, scratch[5], fill=torch.inf)
             added = block.added(bias, geometry, lse)
             grads = _flash_backward(d_o, a, b, c, o, sums, 0.0, False, attn_mask=added, scale=scale)
             for target, grad in zip((d_q, d_k, d_v), grads, strict=True):
@@ -73,8 +73,8 @@ def backward(
     tokens, heads = geometry.tokens, q.shape[3]
     d_bias = lse.new_zeros(1, heads * tokens**2) if bias_gradient else None
     for block in _blocks(q, v, geometry, fused=False):
-        d_o, a, b, c = (block.gather(t, scratch[n]).flatten(0, 1) for n, t in enumerate((grad_out, q, k, v)))
-        sums = block.gather(divisor, scratch[4], fill=torch.inf)[..., None]
+        d_o, a, b, c = (block.heads_first(t, scratch[n]).flatten(0, 1) for n, t in enumerate((grad_out, q, k, v)))
+        sums = block.heads_first(divisor, scratch[4], fill=torch.inf)[..., None]
         weights = scratch[5](len(sums), heads, tokens, tokens)
         added = block.added(bias, geometry, lse)
         if added is None:
@@ -87,7 +87,7 @@ def backward(
         d_scores = torch.bmm(d_o, c.mT, out=scratch[7](*weights.shape))
         _softmax_backward.out(d_scores, weights, -1, lse.dtype, grad_input=d_scores)
         if grad_lse is not None:
-            d_scores.addcmul_(weights, block.gather(grad_lse, scratch[4]).flatten(0, 1)[..., None])
+            d_scores.addcmul_(weights, block.heads_first(grad_lse, scratch[4]).flatten(0, 1)[..., None])
         if d_bias is not None:
             windows = d_scores.view(-1, d_bias.shape[1])
             d_bias.addmm_(windows.new_ones(1, len(windows)), windows)
@@ -103,6 +103,25 @@ def backward(
 
 def _fused_serves(q: Tensor, v: Tensor) -> bool:
     return q.device.type == "cpu" and q.shape[4] == v.shape[4]
+
+
+def _operands(q: Tensor, k: Tensor, v: Tensor, block: Block, scratch: Scratch) -> tuple[Tensor, ...]:
+    """Queries, keys and values of a block for the fused kernel, (windows, heads, tokens, ...) of any strides.
+
+    Views of one projection are copied together: whole rows of a window are then adjacent in memory.
+    """
+    apart = k.storage_offset() - q.storage_offset()
+    if (
+        q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()
+        and q.dtype == k.dtype == v.dtype
+        and q.stride() == k.stride() == v.stride()
+        and q.shape == v.shape
+        and v.storage_offset() - k.storage_offset() == apart > 0
+    ):
+        batch, row, column, head, channel = q.stride()
+        fused = q.as_strided((*q.shape[:3], 3, *q.shape[3:]), (batch, row, column, apart, head, channel))
+        return block.tokens(fused, scratch[0]).permute(2, 0, 3, 1, 4).unbind(0)
+    return tuple(block.tokens(t, scratch[n]).transpose(1, 2) for n, t in enumerate((q, k, v)))
 
 
 def _attend(a: Tensor, b: Tensor, c: Tensor, scale: float, added: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -141,38 +160,44 @@ class Block:
 
     first: int
     maps: int
-    heads: int
     rows: Span
     columns: Span
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Maps, rows and columns of windows, heads, rows and columns of tokens."""
-        return (
-            self.maps,
-            self.rows.count,
-            self.columns.count,
-            self.heads,
-            self.rows.axis.window,
-            self.columns.axis.window,
-        )
+    def windows(self) -> tuple[int, int, int]:
+        """Of how many maps, and rows and columns of windows of each."""
+        return self.maps, self.rows.count, self.columns.count
 
-    def gather(self, x: Tensor, take: Callable[..., Tensor], fill: float = 0) -> Tensor:
-        """(B, H, W, heads, ...) to contiguous (windows, heads, tokens, ...); ``fill`` stands for the extension."""
-        buffer = take(*self.shape, *x.shape[4:])
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Rows and columns of tokens of a window."""
+        return self.rows.axis.window, self.columns.axis.window
+
+    def tokens(self, x: Tensor, take: Callable[..., Tensor], fill: float = 0) -> Tensor:
+        """(B, H, W, ...) to contiguous (windows, tokens, ...); ``fill`` stands for the extension."""
+        buffer = take(*self.windows, *self.sides, *x.shape[3:])
+        self._copy(x, buffer, fill)
+        return buffer.flatten(3, 4).flatten(0, 2)
+
+    def heads_first(self, x: Tensor, take: Callable[..., Tensor], fill: float = 0) -> Tensor:
+        """(B, H, W, heads, ...) to contiguous (windows, heads, tokens, ...)."""
+        buffer = take(*self.windows, x.shape[3], *self.sides, *x.shape[4:])
+        self._copy(x, buffer.movedim(3, 5), fill)
+        return buffer.flatten(4, 5).flatten(0, 2)
+
+    def _copy(self, x: Tensor, buffer: Tensor, fill: float) -> None:
         if not (self.rows.whole and self.columns.whole):
             buffer.fill_(fill)
         for row in self.rows.pieces:
             for column in self.columns.pieces:
-                buffer[:, :, :, :, row.start : row.stop, column.start : column.stop] = self._view(x, row, column)
-        return buffer.flatten(4, 5).flatten(0, 2)
+                buffer[:, :, :, row.start : row.stop, column.start : column.stop] = self._view(x, row, column)
 
     def scatter(self, target: Tensor, values: Tensor) -> None:
         """(windows, heads, tokens, ...) into their places of (B, H, W, heads, ...); the extension is dropped."""
-        values = values.unflatten(2, self.shape[4:]).unflatten(0, self.shape[:3])
+        values = values.transpose(1, 2).unflatten(1, self.sides).unflatten(0, self.windows)
         for row in self.rows.pieces:
             for column in self.columns.pieces:
-                part = values[:, :, :, :, row.start : row.stop, column.start : column.stop]
+                part = values[:, :, :, row.start : row.stop, column.start : column.stop]
                 self._view(target, row, column).copy_(part)
 
     def added(self, bias: Tensor | None, geometry: Geometry, like: Tensor) -> Tensor | None:
@@ -190,14 +215,13 @@ class Block:
         return (bias.to(like) + hidden.to(like))[None]
 
     def _view(self, x: Tensor, row: Piece, column: Piece) -> Tensor:
-        """The tokens of a piece of every window, in ``shape``'s order, as a view of ``x`` (B, H, W, heads, ...)."""
-        batch, down, right, head, *rest = x.stride()
-        size = (*self.shape[:4], row.stop - row.start, column.stop - column.start, *x.shape[4:])
+        """The tokens of a piece of every window, (windows, rows and columns of tokens, ...), viewed."""
+        batch, down, right, *rest = x.stride()
+        size = (*self.windows, row.stop - row.start, column.stop - column.start, *x.shape[3:])
         stride = (
             batch,
             down * self.rows.axis.window_step,
             right * self.columns.axis.window_step,
-            head,
             down * self.rows.axis.token_step,
             right * self.columns.axis.token_step,
             *rest,
@@ -226,4 +250,4 @@ def _blocks(q: Tensor, v: Tensor, geometry: Geometry, fused: bool) -> Iterator[B
             for b in range(0, batch, maps):
                 for y in range(0, rows.count, down):
                     for x in range(0, columns.count, across):
-                        yield Block(b, min(maps, batch - b), heads, rows.part(y, down), columns.part(x, across))
+                        yield Block(b, min(maps, batch - b), rows.part(y, down), columns.part(x, across))
