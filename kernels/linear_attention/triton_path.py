@@ -263,7 +263,7 @@ def _configs(q: Tensor, v: Tensor, sums_matrices: bool = False) -> list[Config]:
     if width <= 32:
         return [Config({"BLOCK": 32}, 4, 1) if q.dtype == torch.float32 else Config({"BLOCK": 64}, 4, 2)]
     if width <= 64:
-        return [Config({"BLOCK": 32}, 8, 1)]
+        return [Config({"BLOCK": 16 if sums_matrices and q.dtype == torch.float32 else 32}, 8, 1)]
     if sums_matrices:
         return [Config({"BLOCK": 16}, 8, 1, spills=40)]  # on an A100; two matrices of 128 x 128 fill the registers
     return [Config({"BLOCK": 32}, 8, 1)]
