@@ -222,7 +222,7 @@ def test_equal_values_are_kept(normaliser: str, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_permuted_tokens_give_permuted_outputs(backend: str) -> None:
-    q, k, v = inputs(24)
+    q, k, v = inputs(24, batch=1, heads=1)
     order = torch.randperm(24)
     for normaliser in NORMALISERS:
         call = partial(linear_attention_2pass, normaliser=normaliser, backend=backend)
@@ -247,7 +247,7 @@ def test_any_layout_and_what_lies_around_it_is_not_read(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_large_and_small_features_stay_finite(backend: str) -> None:
-    q, k, v = inputs(30)
+    q, k, v = inputs(30, batch=1)
     q[:, 3], k[:, 5] = 1e4, -1e4
     for normaliser in ("sum", "inline", "mala"):
         check(backend, [q, k, v], normaliser=normaliser)
@@ -256,14 +256,14 @@ def test_large_and_small_features_stay_finite(backend: str) -> None:
     out = linear_attention_2pass(q, low, v, backend=backend)
     assert (out == 0).all()
     # Sums beyond the range of float16 cancel in the quotient.
-    many = [torch.full((1, 600, 1, 16), x, dtype=torch.float16) for x in (30.0, 30.0, 2.0)]
+    many = [torch.full((1, 150, 1, 16), x, dtype=torch.float16) for x in (60.0, 60.0, 2.0)]
     out = linear_attention_2pass(*many, feature_map="relu", backend=backend)
     torch.testing.assert_close(out, many[2])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_two_runs_are_equal_bit_for_bit(backend: str) -> None:
-    leaves = [t.requires_grad_() for t in inputs(50)]
+    leaves = [t.requires_grad_() for t in inputs(50, batch=1, heads=1)]
     runs = []
     for _ in range(2):
         out = linear_attention_2pass(*leaves, normaliser="mala", backend=backend)
@@ -379,7 +379,7 @@ def test_autocast() -> None:
 
 
 def test_half_precision_is_near_float64() -> None:
-    tensors = inputs(40, width=16)
+    tensors = inputs(40, batch=1, width=16)
     for normaliser in ("sum", "inline", "mala"):
         for dtype in (torch.float16, torch.bfloat16):
             check("torch", [t.to(dtype) for t in tensors], normaliser=normaliser)
