@@ -1,15 +1,13 @@
-"""Multi-scale deformable attention: each query sums bilinear samples at places it has chosen, on several levels.
+"""Multi-scale deformable attention (Deformable DETR, arXiv:2010.04159): a few bilinear samples of a feature pyramid.
 
-Zhu et al., Deformable DETR, ICLR 2021 (arXiv:2010.04159), equation 3, without its projections. Where to look and with
-which weight is computed from the query by whoever calls this; the operator samples.
+Where each query looks and how it weighs what it finds are given; the operator samples and sums. Released code samples
+each level with ``grid_sample``, which writes every sample of every channel to memory before they are summed.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from kernels.backend import Choice, choose
@@ -22,6 +20,7 @@ __all__ = ["ms_deform_attn", "plan"]
 
 LARGEST_HEAD = 256
 Shapes = Sequence[tuple[int, int]] | Tensor
+Starts = Sequence[int] | Tensor
 
 
 def ms_deform_attn(
@@ -30,36 +29,47 @@ def ms_deform_attn(
     sampling_locations: Tensor,
     attention_weights: Tensor,
     *,
+    level_start_index: Starts | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Weighted sum of bilinear samples of each query's points.
+    """Weighted sum of bilinear samples of a pyramid.
 
-    A map's corners are at 0 and 1, its pixels' centres at (i + 0.5) / size; beyond the map there are zeros. This is
-    ``grid_sample`` with ``align_corners=False`` and zero padding.
+    A sample at (x, y) of a level (H_l, W_l) is what ``grid_sample`` gives with ``align_corners=False`` and zero
+    padding: pixel centres lie at (i + 1/2) / W_l, and what lies outside is 0.
+
+    On a GPU the gradient of ``value`` is summed with float32 atomics, in any order, unless
+    ``torch.use_deterministic_algorithms`` is on: then samples are sorted by cell and summed in order, which is slower.
+    Everything else, and all of the PyTorch path, is the same in every run.
 
     Args:
-        value: (B, S, H, D), the levels' maps one after the other, each row by row; S is the sum of their sizes.
-        spatial_shapes: height and width of each of the L levels, as numbers (a tensor (L, 2) is read back to the host).
-        sampling_locations: (B, Q, H, L, P, 2), x then y, as shares of the level's width and height.
-        attention_weights: (B, Q, H, L, P), used as they are.
+        value: (B, S, H, D), the levels' pixels row by row, one level after the other.
+        spatial_shapes: (height, width) of each of the L levels. Plain integers are best: a tensor (L, 2) is read back,
+            which waits for a GPU and which ``torch.compile`` cannot capture in one graph.
+        sampling_locations: (B, Q, H, L, P, 2), x before y, each 0 to 1 across its level; finite.
+        attention_weights: (B, Q, H, L, P); they need not sum to 1.
+        level_start_index: where each level starts in S; by default right after the one before.
 
     Returns:
-        (B, Q, H * D) in the dtype of ``value``.
-
-    On a GPU the gradient of ``value`` is summed by float32 atomics, whose order changes the last bits from run to run;
-    under ``torch.use_deterministic_algorithms(True)`` it is summed in a fixed order after a sort.
+        (B, Q, H * D) in the dtype of ``value``. Positions and weights are used in float32 (float64 for float64).
 
     Raises:
         InputError: shapes do not fit, or a backend is forced that cannot serve.
     """
-    choice = plan(value, spatial_shapes, sampling_locations, attention_weights, backend=backend)
-    # Half precision cannot tell neighbouring pixels of a large map apart: locations keep their dtype.
+    choice = plan(
+        value,
+        spatial_shapes,
+        sampling_locations,
+        attention_weights,
+        level_start_index=level_start_index,
+        backend=backend,
+    )
     (value,) = autocast_to(value)
-    sizes = _sizes(spatial_shapes)
+    shapes, starts = _levels(spatial_shapes, level_start_index)
     if choice.backend == "reference":
-        return ms_deform_attn_reference(value, sizes, sampling_locations, attention_weights)
-    flat = [n for size in sizes for n in size]
-    return ms_deform_attn_forward(value, flat, sampling_locations, attention_weights, choice.backend)
+        return ms_deform_attn_reference(value, sampling_locations, attention_weights, shapes, starts)
+    flat = [side for shape in shapes for side in shape]
+    out = ms_deform_attn_forward(value, sampling_locations, attention_weights, flat, starts, choice.backend)
+    return out.flatten(2)
 
 
 def plan(
@@ -68,26 +78,49 @@ def plan(
     sampling_locations: Tensor,
     attention_weights: Tensor,
     *,
+    level_start_index: Starts | None = None,
     backend: str = "auto",
 ) -> Choice:
     """Check the arguments of :func:`ms_deform_attn` and say which implementation serves them."""
-    sizes = _sizes(spatial_shapes)
-    given, weights = tuple(sampling_locations.shape), tuple(attention_weights.shape)
-    if value.dim() != 4 or len(given) != 6 or given != (*weights, 2) or (given[0], given[2]) != value.shape[::2]:
+    shapes, starts = _levels(spatial_shapes, level_start_index)
+    if value.dim() != 4 or sampling_locations.dim() != 6 or attention_weights.shape != sampling_locations.shape[:-1]:
         raise InputError(
             "ms_deform_attn takes value (B, S, H, D), sampling_locations (B, Q, H, L, P, 2) and attention_weights "
-            f"(B, Q, H, L, P); got {tuple(value.shape)}, {given}, {weights}."
+            f"(B, Q, H, L, P); got {tuple(value.shape)}, {tuple(sampling_locations.shape)}, "
+            f"{tuple(attention_weights.shape)}."
         )
-    if len(sizes) != given[3] or sum(map(math.prod, sizes)) != value.shape[1]:
+    batch, _, heads, levels, _, two = sampling_locations.shape
+    if (batch, heads, levels, two) != (value.shape[0], value.shape[2], len(shapes), 2):
         raise InputError(
-            f"ms_deform_attn: spatial_shapes {sizes} are {len(sizes)} levels of {sum(map(math.prod, sizes))} tokens in "
-            f"all; the locations have {given[3]} levels and value {value.shape[1]} tokens."
+            f"ms_deform_attn: sampling_locations {tuple(sampling_locations.shape)} do not fit value "
+            f"{tuple(value.shape)} with {len(shapes)} levels."
         )
-    width = value.shape[3]
-    refusal = f"heads are {width} wide and the kernels take up to {LARGEST_HEAD}" if width > LARGEST_HEAD else None
+    if len(starts) != len(shapes) or any(min(shape) < 1 for shape in shapes):
+        raise InputError(
+            f"ms_deform_attn: {shapes} with starts {starts} are not one (height, width) and start a level."
+        )
+    ends = [start + height * width for start, (height, width) in zip(starts, shapes, strict=True)]
+    if min(starts, default=0) < 0 or max(ends, default=0) > value.shape[1]:
+        raise InputError(
+            f"ms_deform_attn: levels {shapes} at {starts} reach beyond the {value.shape[1]} positions of value."
+        )
+    refusal = None
+    if value.shape[3] > LARGEST_HEAD:
+        refusal = f"heads are {value.shape[3]} wide and the kernels take up to {LARGEST_HEAD}"
+    elif max(value.shape[:3].numel(), sampling_locations.shape[:3].numel()) >= 2**31:
+        refusal = "the kernels count heads of queries and of positions with 31 bits"
     return choose("ms_deform_attn", backend, (value, sampling_locations, attention_weights), refusal)
 
 
-def _sizes(spatial_shapes: Shapes) -> list[tuple[int, int]]:
-    rows = spatial_shapes.tolist() if isinstance(spatial_shapes, torch.Tensor) else spatial_shapes
-    return [(int(height), int(width)) for height, width in rows]
+def _levels(spatial_shapes: Shapes, level_start_index: Starts | None) -> tuple[list[tuple[int, int]], list[int]]:
+    rows = spatial_shapes.tolist() if isinstance(spatial_shapes, Tensor) else spatial_shapes
+    if any(len(row) != 2 for row in rows):
+        raise InputError(f"ms_deform_attn: spatial_shapes must be one (height, width) a level; got {rows}.")
+    shapes = [(row[0], row[1]) for row in rows]
+    if level_start_index is not None:
+        given = level_start_index.tolist() if isinstance(level_start_index, Tensor) else level_start_index
+        return shapes, list(given)
+    starts = [0]
+    for height, width in shapes:
+        starts.append(starts[-1] + height * width)
+    return shapes, starts[:-1]

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
 def ms_deform_attn_reference(
-    value: Tensor, sizes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor
+    value: Tensor, locations: Tensor, weights: Tensor, shapes: list[tuple[int, int]], starts: list[int]
 ) -> Tensor:
-    """(B, Q, H * D); every sample of every level is held in memory at once."""
-    batch, queries, heads = locations.shape[:3]
-    precise = torch.promote_types(value.dtype, locations.dtype)
-    samples = [value.new_zeros(batch * heads, value.shape[3], queries, 0, dtype=precise)]
-    start = 0
-    for level, (height, width) in enumerate(sizes):
-        tokens = value[:, start : start + height * width].permute(0, 2, 3, 1).flatten(0, 1)
-        start += height * width
-        places = 2 * locations[:, :, :, level].transpose(1, 2).flatten(0, 1) - 1
-        maps = tokens.unflatten(2, (height, width)).to(precise)
-        samples.append(F.grid_sample(maps, places.to(precise), align_corners=False))
-    spread = weights.transpose(1, 2).flatten(3).flatten(0, 1)[:, None].to(precise)  # (B H, 1, Q, L P)
-    out = (torch.cat(samples, 3) * spread).sum(3)
-    return out.unflatten(0, (batch, heads)).permute(0, 3, 1, 2).flatten(2).to(value.dtype)
+    """Output (B, Q, H * D)."""
+    precise = torch.promote_types(value.dtype, torch.float32)
+    batch, _, heads, width = value.shape
+    queries = locations.shape[1]
+    grids = (2 * locations.to(precise) - 1).transpose(1, 2).flatten(0, 1)  # (B H, Q, L, P, 2)
+    scales = weights.to(precise).transpose(1, 2).flatten(0, 1)[:, None]  # (B H, 1, Q, L, P)
+    out = value.new_zeros(batch * heads, width, queries, dtype=precise) + 0 * value.sum().to(precise)
+    for level, ((rows, columns), start) in enumerate(zip(shapes, starts, strict=True)):
+        pixels = value[:, start : start + rows * columns].to(precise)
+        image = pixels.permute(0, 2, 3, 1).reshape(batch * heads, width, rows, columns)
+        samples = F.grid_sample(image, grids[:, :, level], padding_mode="zeros", align_corners=False)
+        out = out + (samples * scales[..., level, :]).sum(-1)
+    return out.view(batch, heads * width, queries).transpose(1, 2).to(value.dtype)
