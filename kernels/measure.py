@@ -97,7 +97,7 @@ def measure_machine(device: torch.device, dtypes: Sequence[torch.dtype]) -> Mach
     return Machine(copy, rates)
 
 
-def run_case(case: Case, machine: Machine, device: torch.device, seconds: float = 1.5) -> list[Result]:
+def run_case(case: Case, machine: Machine, device: torch.device, seconds: float = 0.8) -> list[Result]:
     """Time every contestant; they take turns, so that a slow moment of the machine hits all alike.
 
     Args:

@@ -1,6 +1,5 @@
 """The compile gate: every Triton kernel, in every configuration that can be chosen, for Ampere and Hopper."""
 
-import json
 import os
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import pytest
 
 from kernels.backend import OPERATORS, TRITON_PROBLEM
 from kernels.static import packages
+from tests.kernels.conftest import CompileGate
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,19 +19,10 @@ def test_every_operator_states_its_calls() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(TRITON_PROBLEM is not None, reason=str(TRITON_PROBLEM))
-def test_every_configuration_compiles_within_its_bounds(tmp_path: Path) -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "kernels.bench", "--static", "--json", str(tmp_path / "static.json")],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    rows = json.loads((tmp_path / "static.json").read_text())
+def test_every_configuration_compiles_within_its_bounds(compile_gate: CompileGate) -> None:
+    code, rows, errors = compile_gate.result()
     assert [list(row.values()) for row in rows if row["problem"]] == []
-    assert done.returncode == 0, done.stderr
+    assert code == 0, errors
     for package in packages():
         mine = [r for r in rows if r["operator"] == package.rpartition(".")[2]]
         assert {r["capability"] for r in mine} == {80, 90}
