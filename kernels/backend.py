@@ -110,9 +110,8 @@ def choose(
     problem = _triton_problem(tensors) or triton_refusal
     if wanted == "triton":
         if problem is not None:
-            raise InputError(
-                f"{operator}: backend 'triton' {source} cannot serve because {problem}; use backend='auto' or 'torch'."
-            )
+            remedy = "backend='auto' or 'torch'" if requested != "auto" else "kernels=auto or FOVEA_KERNELS=auto"
+            raise InputError(f"{operator}: backend 'triton' {source} cannot serve because {problem}; use {remedy}.")
         return Choice(operator, "triton", f"backend='triton' {source} asks for it")
     if problem is None and INTERPRETING:
         problem = "Triton kernels are interpreted in this process, which is slow"

@@ -56,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Console(stderr=True, soft_wrap=True, highlight=False).print(str(error), markup=False)
         return 1
     except KeyboardInterrupt:
+        kept = [str(path) for path in (chosen.json, chosen.markdown) if path is not None and path.exists()]
+        where = f"; what is finished is in {' and '.join(kept)}" if kept else ""
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"stopped{where}.", markup=False)
         return 130
 
 
@@ -78,20 +81,29 @@ def _measure(chosen: argparse.Namespace, console: Console) -> int:
     if chosen.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: there is no GPU that PyTorch can use here; take --device cpu.")
     device = torch.device(chosen.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    everything: list[Result] = []
+    _save(chosen, {}, everything)  # a place that cannot be written is known now, not after the first case
     machine = measure_machine(device, [torch.float32] + ([torch.bfloat16] if device.type == "cuda" else []))
     about = describe(device, machine)
     console.print("\n".join(f"{name}: {value}" for name, value in about.items()), markup=False)
-    everything: list[Result] = []
     for package in bench_packages(chosen.operator):
         for case in importlib.import_module(f"{package}.bench").cases(device):
             results = run_case(case, machine, device)
             console.print(table(case.name, results))
             everything += results
-    if chosen.json is not None:
-        write_json(chosen.json, {"machine": about, "results": [asdict(result) for result in everything]})
-    if chosen.markdown is not None:
-        write(chosen.markdown, markdown(about, everything))
+            _save(chosen, about, everything)
+    _save(chosen, about, everything)
+    for path in filter(None, (chosen.json, chosen.markdown)):
+        console.print(f"results are in {path}", markup=False)
     return 0
+
+
+def _save(chosen: argparse.Namespace, about: Mapping[str, str], results: Sequence[Result]) -> None:
+    """What is measured so far: a run of many minutes may be stopped."""
+    if chosen.json is not None:
+        write_json(chosen.json, {"machine": about, "results": [asdict(result) for result in results]})
+    if chosen.markdown is not None:
+        write(chosen.markdown, markdown(about, results))
 
 
 def bench_packages(operators: Sequence[str]) -> list[str]:
@@ -245,10 +257,13 @@ def write_json(path: Path, content: object) -> None:
 
 def write(path: Path, text: str) -> None:
     """Write ``text``, complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text)
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.part")
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; give another file.") from error
 
 
 if __name__ == "__main__":

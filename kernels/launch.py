@@ -54,9 +54,8 @@ class Launch:
 
 @dataclass
 class Recorder:
-    """Collects launches for a GPU of one compute capability (80 for 8.0)."""
+    """Collects launches."""
 
-    capability: int
     launches: list[Launch] = field(default_factory=list)
 
 
@@ -64,24 +63,14 @@ _recorder: Recorder | None = None
 
 
 @contextlib.contextmanager
-def recording(capability: int) -> Iterator[Recorder]:
+def recording() -> Iterator[Recorder]:
     """Within the block, launches are recorded with every candidate configuration, and nothing runs."""
     global _recorder
-    before, _recorder = _recorder, Recorder(capability)
+    before, _recorder = _recorder, Recorder()
     try:
         yield _recorder
     finally:
         _recorder = before
-
-
-def capability(device: torch.device) -> int:
-    """Compute capability to choose configurations for: 80 for an A100, 90 for an H100 or H200."""
-    if _recorder is not None:
-        return _recorder.capability
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 def interpreting() -> bool:

@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,8 @@ def compile_all(operators: Iterable[str] = (), workers: int | None = None) -> It
     """
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise InputError("TRITON_INTERPRET=1 replaces Triton's compiler by its interpreter; unset it to compile.")
-    jobs = [(p, cap, i) for p in packages(operators) for cap in SHARED_MEMORY for i in range(len(_launches(p, cap)))]
+    counts = {package: len(_launches(package)) for package in packages(operators)}
+    jobs = [(p, cap, i) for p, count in counts.items() for cap in SHARED_MEMORY for i in range(count)]
     workers = workers or min(4, os.cpu_count() or 1)
     # A worker imports torch and the operators once; forking would copy this process's threads' locks.
     context = multiprocessing.get_context("spawn")
@@ -96,25 +98,21 @@ def compile_all(operators: Iterable[str] = (), workers: int | None = None) -> It
         yield from pool.map(_compile_job, jobs, chunksize=4)
 
 
-def _launches(package: str, capability: int) -> list[tuple[str, Launch]]:
+@cache
+def _launches(package: str) -> list[tuple[str, Launch]]:
     """Recorded launches of a package, each distinct specialisation once."""
     found: dict[str, tuple[str, Launch]] = {}
     for case, call in importlib.import_module(f"{package}.triton_cases").cases():
-        with recording(capability) as recorder:
+        with recording() as recorder:
             call()
         for launch in recorder.launches:
             found.setdefault(repr((launch.kernel.__name__, _specialise(launch), launch.config)), (case, launch))
     return list(found.values())
 
 
-_memory: dict[tuple[str, int], list[tuple[str, Launch]]] = {}
-
-
 def _compile_job(job: tuple[str, int, int]) -> Compiled:
     package, capability, index = job
-    if (package, capability) not in _memory:
-        _memory[package, capability] = _launches(package, capability)
-    case, launch = _memory[package, capability][index]
+    case, launch = _launches(package)[index]
     return compile_launch(package.rpartition(".")[2], case, launch, capability)
 
 

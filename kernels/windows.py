@@ -137,6 +137,8 @@ def window(
 def _per_axis(value: int | bool | Sequence[int] | Sequence[bool], axes: int, name: str) -> tuple[int, ...]:
     if isinstance(value, int):
         return (int(value),) * axes
+    if not isinstance(value, Sequence) or not all(isinstance(v, int) for v in value):
+        raise InputError(f"{name}={value} must be a whole number, or one for each of the {axes} axes.")
     if len(value) != axes:
         raise InputError(f"{name}={tuple(value)} has {len(value)} values for a grid of {axes} axes.")
     return tuple(int(v) for v in value)

@@ -14,6 +14,7 @@ from kernels.bi_level_routing_attention.layout import map_of
 from kernels.bi_level_routing_attention.operator import routing_attention_forward
 from kernels.bi_level_routing_attention.reference import routing_attention_reference
 from kernels.bi_level_routing_attention.regions import RegionSize, as_map, regions, route_regions
+from kernels.checks import check_dtypes, check_indices
 from kernels.errors import InputError
 from kernels.operators import autocast_to
 
@@ -121,6 +122,7 @@ def plan(
         raise InputError(
             f"bi_level_routing_attention: q {tuple(q.shape)} and k {tuple(k.shape)} differ in batch, heads or width."
         )
+    check_dtypes("bi_level_routing_attention", q=q, k=k, v=v)
     query_grid = regions(a.shape[1:3], region_size)
     key_grid = regions(b.shape[1:3], region_size if kv_region_size is None else kv_region_size)
     if (topk is None) == (region_graph is None):
@@ -136,6 +138,7 @@ def plan(
             )
         if region_graph.dtype != torch.int64:
             raise InputError(f"bi_level_routing_attention: region_graph must be int64; got {region_graph.dtype}.")
+        check_indices("bi_level_routing_attention", "region_graph", region_graph, key_grid.count)
     largest = max(a.shape[4], c.shape[4])
     refusal = f"heads are {largest} wide and the kernels take up to {LARGEST_HEAD}" if largest > LARGEST_HEAD else None
     return choose("bi_level_routing_attention", backend, (q, k, v), refusal)

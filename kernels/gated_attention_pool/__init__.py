@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import Choice, choose
+from kernels.checks import check_cuts
 from kernels.errors import InputError
 from kernels.gated_attention_pool.reference import MASKED
 from kernels.gated_attention_pool.stacked import pool_stacked, triton_refusal
@@ -109,6 +110,7 @@ def plan(
         )
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
         raise InputError(f"gated_attention_pool: cu_seqlens must be (bags + 1,); got {tuple(cu_seqlens.shape)}.")
+    check_cuts("gated_attention_pool", "cu_seqlens", cu_seqlens, len(x))
     if values is not None and (values.dim() != 2 or len(values) != len(x)):
         raise InputError(
             f"gated_attention_pool: values must be ({len(x)}, E), one row per instance; got {tuple(values.shape)}."

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import Choice, choose
+from kernels.checks import check_dtypes, check_indices
 from kernels.errors import InputError
 from kernels.group_attention.operator import group_attention_forward
 from kernels.group_attention.reference import group_attention_reference
@@ -55,7 +56,8 @@ def group_attention(
         q: (B, N, H, D) queries, in the tokens' original order as everything here is.
         k: (B, N, H, D) keys.
         v: (B, N, H, E) values.
-        order: (B, N) int64, a permutation for each item: the token at each sorted position. It is not checked.
+        order: (B, N) int64, a permutation for each item: the token at each sorted position. That no token is there
+            twice is not checked, nor is the range on a GPU.
         group_size: tokens of a group.
         k_global: (M, H, D), or (B, M, H, D) where every item has its own.
         v_global: (M, H, E) or (B, M, H, E); the result of a softmax over these alone is added.
@@ -101,6 +103,8 @@ def plan(
         raise InputError(
             f"group_attention: order must be {tuple(q.shape[:2])} int64; got {tuple(order.shape)} {order.dtype}."
         )
+    check_dtypes("group_attention", q=q, k=k, v=v)
+    check_indices("group_attention", "order", order, q.shape[1])
     if group_size < 1:
         raise InputError(f"group_attention: group_size must be positive; got {group_size}.")
     if (k_global is None) != (v_global is None):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import Choice, choose
+from kernels.checks import check_cuts
 from kernels.errors import InputError, unknown_name
 from kernels.linear_attention.forms import FEATURE_MAPS, NORMALISERS, Form
 from kernels.linear_attention.operator import linear_attention_forward
@@ -196,6 +197,8 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Te
         raise InputError(
             f"linear_attention_2pass: {q.shape[0]} packed queries and {k.shape[0]} keys need a cu_seqlens_k."
         )
+    check_cuts("linear_attention_2pass", "cu_seqlens", cu_q, q.shape[0])
+    check_cuts("linear_attention_2pass", "cu_seqlens_k", cu_k, k.shape[0])
 
 
 def _broadcasts(weight: Tensor, shape: torch.Size) -> bool:

@@ -13,6 +13,7 @@ from typing import Literal, overload
 from torch import Tensor
 
 from kernels.backend import Choice, choose
+from kernels.checks import check_dtypes
 from kernels.errors import InputError
 from kernels.neighborhood_attention.fit import Fit, fit_window
 from kernels.neighborhood_attention.operator import neighborhood_attention_forward
@@ -154,6 +155,7 @@ def _settle(
             f"neighborhood_attention takes q, k, v as {layout} with a grid of one to three axes; got "
             f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}."
         )
+    check_dtypes("neighborhood_attention", q=q, k=k, v=v)
     q_shape, k_shape, v_shape = (
         (t.shape[0], *t.shape[2:-1], t.shape[1], t.shape[-1]) if heads_first else tuple(t.shape) for t in (q, k, v)
     )

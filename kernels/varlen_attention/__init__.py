@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from kernels.backend import Choice, choose
+from kernels.checks import check_cuts, check_dtypes
 from kernels.errors import InputError
 from kernels.operators import autocast_to
 from kernels.varlen_attention.operator import varlen_attention_forward
@@ -37,7 +38,8 @@ def varlen_attention(
         q: (Tq, H, D) packed queries.
         k: (Tk, G, D) packed keys; H is a multiple of G, and each key head serves H / G neighbouring query heads.
         v: (Tk, G, E) packed values.
-        cu_q, cu_k: (S + 1,) int32 or int64, boundaries of the segments; either side of a segment may be empty.
+        cu_q, cu_k: (S + 1,) int32 or int64, boundaries of the segments, from 0 to Tq and to Tk; either side of a
+            segment may be empty. GPU kernels do not check them.
         causal: query i of a segment sees keys j <= i + keys - queries of it.
         key_bias: (1 or H, Tk) float32, added to the scaled scores of a key; -inf hides it.
         scale: of the scores; D^-0.5 by default.
@@ -81,6 +83,9 @@ def plan(
         raise InputError(
             f"varlen_attention: cu_q {tuple(cu_q.shape)} and cu_k {tuple(cu_k.shape)} must both be (segments + 1,)."
         )
+    check_dtypes("varlen_attention", q=q, k=k, v=v)
+    check_cuts("varlen_attention", "cu_q", cu_q, q.shape[0])
+    check_cuts("varlen_attention", "cu_k", cu_k, k.shape[0])
     if key_bias is not None and key_bias.shape not in ((1, k.shape[0]), (q.shape[1], k.shape[0])):
         raise InputError(f"varlen_attention: key_bias must be (1 or H, Tk); got {tuple(key_bias.shape)}.")
     largest = max(q.shape[2], v.shape[2])

@@ -34,7 +34,7 @@ def test_the_call_goes_before_the_process() -> None:
 def test_what_is_forced_and_cannot_serve_is_refused_with_the_reason() -> None:
     with pytest.raises(InputError, match="backend 'triton' of the call cannot serve because Triton serves float32"):
         choose("varlen_attention", "triton", [torch.zeros(3, dtype=torch.int64)])
-    with pytest.raises(InputError, match="because heads are too wide; use backend='auto'"), using(backend="triton"):
+    with pytest.raises(InputError, match="because heads are too wide; use kernels=auto"), using(backend="triton"):
         choose("varlen_attention", "auto", [torch.zeros(3, device="meta")], "heads are too wide")
     with pytest.raises(InputError, match="Did you mean 'torch'"):
         choose("varlen_attention", "torhc", [])

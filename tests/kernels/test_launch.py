@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels import autotune, backend
 from kernels.errors import InputError
-from kernels.launch import MAX_CONFIGS, Config, capability, launch, precision, recording
+from kernels.launch import MAX_CONFIGS, Config, launch, precision, recording
 
 interpreted = pytest.mark.skipif(not backend.INTERPRETING, reason="the kernels are compiled in this process")
 
@@ -41,12 +41,10 @@ def test_the_first_configuration_is_taken_without_tuning() -> None:
 
 
 def test_recording_collects_every_configuration_and_runs_nothing() -> None:
-    with recording(80) as recorder:
-        y = double(torch.empty(37, device="meta"))
-        assert capability(y.device) == 80
+    with recording() as recorder:
+        double(torch.empty(37, device="meta"))
     assert [launch.config for launch in recorder.launches] == CONFIGS
     assert recorder.launches[0].arguments["size"] == 37
-    assert capability(torch.device("cpu")) == 90
 
 
 def test_the_number_of_configurations_is_bounded() -> None:

@@ -61,7 +61,7 @@ def test_the_gate_closes_on_narrow_products_and_on_spills(tmp_path: Path) -> Non
     (package / "triton_cases.py").write_text(BROKEN)
     code = """
 from kernels import static
-for case, launch in static._launches("broken", 90):
+for case, launch in static._launches("broken"):
     print(static.compile_launch("broken", case, launch, 90).problem.partition("\\n")[0])
 """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
