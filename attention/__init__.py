@@ -5,6 +5,15 @@
 ['abmil', 'acmil']
 """
 
-from attention.registry import available, create, describe, kind_of, load_official, parameters_of, register
+from attention.registry import (
+    available,
+    class_of,
+    create,
+    describe,
+    kinds_of,
+    load_official,
+    parameters_of,
+    register,
+)
 
-__all__ = ["available", "create", "describe", "kind_of", "load_official", "parameters_of", "register"]
+__all__ = ["available", "class_of", "create", "describe", "kinds_of", "load_official", "parameters_of", "register"]

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
+from attention.about import About
 from attention.pooling import (
     PooledBags,
     Pooler,
@@ -40,6 +41,8 @@ class ABMIL(Pooler):
         norm: ``"batch"`` normalises the inputs over all instances and the bag features over the bags of a batch; a
             bag's result then depends on its batch while training.
     """
+
+    about = About("Ilse et al., ICML 2018, 1802.04712", "O(N)", "gated_attention_pool", "MIT")
 
     gated: ClassVar[bool] = False
 

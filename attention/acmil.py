@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from attention.abmil import attention_weights
+from attention.about import About
 from attention.pooling import (
     Objective,
     PooledBags,
@@ -147,6 +148,8 @@ class ACMIL(ChallengedPooler):
 
     ``attention_dim`` is the inner size of the gated score; the other arguments are those of :class:`ChallengedPooler`.
     """
+
+    about = About("Zhang et al., ECCV 2024, 2311.07125", "O(N)", "gated_attention_pool", "MIT")
 
     def __init__(
         self,

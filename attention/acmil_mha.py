@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attention.about import About
 from attention.acmil import ChallengedPooler
 from attention.pooling import PooledBags, check_features, join, numbered, rename, strip_wrappers
 from attention.registry import register
@@ -35,6 +36,8 @@ class ACMILMultiHead(ChallengedPooler):
     are those of :class:`attention.acmil.ChallengedPooler`. ``attention`` is the logarithm of the softmax averaged over
     heads; the raw scores (heads, K, T) are in ``extras["head_scores"]``.
     """
+
+    about = About("Zhang et al., ECCV 2024, 2311.07125", "O(N)", "", "MIT")
 
     def __init__(
         self,

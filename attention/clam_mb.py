@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from attention.about import About
 from attention.clam_sb import CLAM
 from attention.pooling import PooledBags
 from attention.registry import register
@@ -22,6 +23,8 @@ class CLAMMultiBranch(CLAM):
 
     Arguments as :class:`attention.clam_sb.CLAM`. The bag feature holds the classes' features one after the other.
     """
+
+    about = About("Lu et al., Nature BME 2021, 2004.09666", "O(N)", "gated_attention_pool", "GPL-3.0")
 
     attention_rows = "class"
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention.abmil import attention_weights
+from attention.about import About
 from attention.pooling import (
     Objective,
     PooledBags,
@@ -191,6 +192,8 @@ class CLAMSingleBranch(CLAM):
 
     Arguments as :class:`CLAM`.
     """
+
+    about = About("Lu et al., Nature BME 2021, 2004.09666", "O(N)", "gated_attention_pool", "GPL-3.0")
 
     def __init__(
         self,

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attention.about import About
 from attention.pooling import Objective, PooledBags, Pooler, check_features, rename, strip_wrappers
 from attention.registry import register
 from kernels.dense import linear
@@ -37,6 +38,8 @@ class DSMIL(Pooler):
         init: ``"default"`` is PyTorch's; ``"orthogonal"`` starts all layers orthogonal with zero biases, which the
             authors' code does for training.
     """
+
+    about = About("Li et al., CVPR 2021, 2011.08939", "O(N)", "", "MIT")
 
     attention_rows = "class"
 

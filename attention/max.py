@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from attention.about import About
 from attention.mean import InstanceClassifier
 from attention.pooling import PooledBags
 from attention.registry import register
@@ -27,6 +28,8 @@ class MaxPooling(InstanceClassifier):
 
     The bag feature is the embedding of the selected instance (of the winning class with ``select="class"``).
     """
+
+    about = About("instance baseline of Campanella et al., Nature Medicine 2019", "O(N)", "", "-")
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attention.about import About
 from attention.pooling import PooledBags, Pooler, check_features, default_hidden_dim, rename, strip_wrappers
 from attention.registry import register
 from kernels.dense import linear
@@ -81,6 +82,8 @@ class MeanPooling(InstanceClassifier):
 
     Arguments as :class:`InstanceClassifier`.
     """
+
+    about = About("baseline of Ilse et al., ICML 2018, 1802.04712", "O(N)", "", "-")
 
     def forward(self, features: Tensor, cu_seqlens: Tensor) -> PooledBags:
         hidden = self.hidden(features)

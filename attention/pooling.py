@@ -14,6 +14,7 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from attention.about import About
 from kernels.errors import InputError
 
 
@@ -54,6 +55,7 @@ class Pooler(nn.Module):
     """
 
     name: ClassVar[str] = ""  # set by the registry
+    about: ClassVar[About]
     attention_rows: Literal["branch", "class"] = "branch"
 
     def forward(self, features: Tensor, cu_seqlens: Tensor) -> PooledBags:

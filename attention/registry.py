@@ -1,8 +1,9 @@
 """The registry of attention modules: names, kinds, creation, official checkpoints.
 
 A module registers itself with ``@register("name", kind="pooling")`` in a file of this folder, and a YAML file of the
-same name in ``conf/attention`` holds its defaults; nothing else is edited. Files are found and imported at the first
-look-up, so that importing this package stays free of torch.
+same name in ``conf/attention`` holds its defaults; nothing else is edited. A method that exists as several kinds has
+one name and a class for each. Files are found and imported at the first look-up, so that importing this package stays
+free of torch.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 Kind = Literal["mixer", "gate", "pooling", "cross"]
 _Module = TypeVar("_Module", bound=type)
 
-_classes: dict[str, type[nn.Module]] = {}
+_classes: dict[str, dict[Kind, type[nn.Module]]] = {}
 _discovered = False
 
 
@@ -35,15 +36,15 @@ def register(name: str, kind: Kind) -> Callable[[_Module], _Module]:
         raise ValueError(f"kind {kind!r} of attention {name!r} must be one of {get_args(Kind)}")
 
     def add(cls: _Module) -> _Module:
-        previous = _classes.get(name)
-        if (
-            previous is not None
-            and f"{previous.__module__}.{previous.__qualname__}" != f"{cls.__module__}.{cls.__qualname__}"
-        ):
-            raise ValueError(f"attention {name!r} is registered twice: {previous.__module__} and {cls.__module__}")
+        kinds = _classes.setdefault(name, {})
+        previous = kinds.get(kind, cls)
+        if f"{previous.__module__}.{previous.__qualname__}" != f"{cls.__module__}.{cls.__qualname__}":
+            raise ValueError(
+                f"{kind} attention {name!r} is registered twice: {previous.__module__} and {cls.__module__}"
+            )
         cls.kind = kind  # type: ignore[attr-defined]
         cls.name = name  # type: ignore[attr-defined]
-        _classes[name] = cls
+        kinds[kind] = cls
         return cls
 
     return add
@@ -52,23 +53,19 @@ def register(name: str, kind: Kind) -> Callable[[_Module], _Module]:
 def available(kind: Kind | None = None) -> list[str]:
     """Registered names in alphabetical order, of one kind when given."""
     _discover()
-    return sorted(name for name, cls in _classes.items() if kind is None or _kind(cls) == kind)
+    return sorted(name for name, kinds in _classes.items() if kind is None or kind in kinds)
 
 
 def create(name: str, *, kind: Kind | None = None, **params: Any) -> nn.Module:
     """Build the module called ``name``, or the class at the dotted path ``package.module:Class``.
 
-    ``kind`` is what the caller can use; a module of another kind is refused with the list of what fits.
+    ``kind`` is what the caller can use; a module of another kind is refused with the list of what fits. Without it, a
+    name that exists as several kinds means the first of them in the order mixer, gate, pooling, cross.
 
     Raises:
         InputError: unknown name, wrong kind, or a parameter the module does not take.
     """
-    cls = _lookup(name)
-    if kind is not None and _kind(cls) != kind:
-        raise InputError(
-            f"attention '{name}' is of kind '{_kind(cls)}' and a '{kind}' module is needed here; "
-            f"those that fit: {', '.join(available(kind))}."
-        )
+    cls = class_of(name, kind)
     accepted = inspect.signature(cls).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
         for param in params:
@@ -81,19 +78,37 @@ def create(name: str, *, kind: Kind | None = None, **params: Any) -> nn.Module:
     return cls(**params)
 
 
-def kind_of(name: str) -> Kind:
-    """The kind of a registered name or dotted path."""
-    return _kind(_lookup(name))
+def kinds_of(name: str) -> list[Kind]:
+    """The kinds of a registered name or dotted path, in the order mixer, gate, pooling, cross."""
+    if ":" in name:
+        return [_kind(_from_dotted_path(name))]
+    kinds = _lookup(name)
+    return [kind for kind in get_args(Kind) if kind in kinds]
 
 
-def parameters_of(name: str) -> list[str]:
+def class_of(name: str, kind: Kind | None = None) -> type[nn.Module]:
+    """The class that :func:`create` builds.
+
+    Raises:
+        InputError: unknown name or wrong kind.
+    """
+    found = kinds_of(name)
+    if kind is not None and kind not in found:
+        raise InputError(
+            f"attention '{name}' is of kind '{' and '.join(found)}' and a '{kind}' module is needed here; "
+            f"those that fit: {', '.join(available(kind))}."
+        )
+    return _from_dotted_path(name) if ":" in name else _lookup(name)[kind or found[0]]
+
+
+def parameters_of(name: str, kind: Kind | None = None) -> list[str]:
     """Names of the parameters that :func:`create` takes for a registered name or dotted path."""
-    return list(inspect.signature(_lookup(name)).parameters)
+    return list(inspect.signature(class_of(name, kind)).parameters)
 
 
-def describe(name: str) -> str:
+def describe(name: str, kind: Kind | None = None) -> str:
     """First line of the module's docstring."""
-    return (inspect.getdoc(_lookup(name)) or "").partition("\n")[0]
+    return (inspect.getdoc(class_of(name, kind)) or "").partition("\n")[0]
 
 
 def load_official(module: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
@@ -125,16 +140,14 @@ def load_official(module: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     return module
 
 
-def _lookup(name: str) -> type[nn.Module]:
-    if ":" in name:
-        return _from_dotted_path(name)
+def _lookup(name: str) -> dict[Kind, type[nn.Module]]:
     _discover()
-    cls = _classes.get(name.lower())
-    if cls is None:
+    found = _classes.get(name.lower())
+    if found is None:
         raise unknown_name(
             "attention", name, _classes, "A class of your own is named by its path, package.module:Class."
         )
-    return cls
+    return found
 
 
 def _from_dotted_path(path: str) -> type[nn.Module]:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attention.about import About
 from attention.pooling import PooledBags, Pooler, check_features, rename, strip_wrappers
 from attention.registry import register
 from kernels.dense import linear
@@ -43,6 +44,8 @@ class TransMIL(Pooler):
         num_landmarks: landmarks of the Nystrom attention; None for H / 2.
         dropout: probability after each attention layer while training.
     """
+
+    about = About("Shao et al., NeurIPS 2021, 2106.00908", "O(N)", "varlen_attention", "GPL-3.0")
 
     def __init__(
         self,

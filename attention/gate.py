@@ -1,0 +1,80 @@
+"""What every gate takes and returns: a feature map in, the same map weighted by its own statistics out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from attention.about import About
+from attention.cost import Part
+from kernels.errors import InputError
+
+
+class Gate(nn.Module):
+    """Base of the gates: feature maps (B, C, *spatial) in and out, of any size at least 1 on each axis.
+
+    A subclass sets ``about`` and ``grids``, and implements :meth:`apply_gate` and :meth:`cost`. Its constructor takes
+    ``dim`` first.
+    """
+
+    name: ClassVar[str] = ""  # set by the registry
+    about: ClassVar[About]
+    grids: ClassVar[tuple[int, ...]] = (2,)
+    """How many spatial axes a map may have: 2 for images, 3 for volumes (and 1 for signals)."""
+    takes_signal: ClassVar[bool] = False
+    """Whether a second map may say where to look."""
+    takes_half: ClassVar[bool] = True
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        if dim < 1:
+            raise InputError(f"attention '{self.name}': dim={dim} must be at least 1.")
+        self.dim = dim
+
+    def forward(
+        self, x: Tensor, signal: Tensor | None = None, *, return_attention: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Weight ``x``.
+
+        Args:
+            x: (B, C, *spatial).
+            signal: for gates that take one, the map (B, C', *spatial') that decides, such as a decoder's.
+            return_attention: also return the weights.
+
+        Returns:
+            The output, of the shape of ``x``; on request also what ``x`` was multiplied by, broadcastable to its shape
+            (a gate that does something else says what it returns).
+
+        Raises:
+            InputError: shapes or dtypes do not fit, or there is a signal that the gate does not take.
+        """
+        if x.dim() - 2 not in self.grids or x.shape[1] != self.dim or min(x.shape[2:], default=1) < 1:
+            takes = " or ".join(f"(B, {self.dim}, {', '.join('DHW'[-axes:])})" for axes in self.grids)
+            raise InputError(f"attention '{self.name}' takes {takes}, every axis at least 1; got {tuple(x.shape)}.")
+        if signal is not None and not self.takes_signal:
+            raise InputError(f"attention '{self.name}' looks at its own input alone and takes no signal.")
+        if not self.takes_half and x.dtype in (torch.float16, torch.bfloat16):
+            raise InputError(
+                f"attention '{self.name}' does not work in {str(x.dtype).removeprefix('torch.')}; keep it in float32."
+            )
+        out, weights = self.apply_gate(x, signal)
+        return (out, weights) if return_attention else out
+
+    def apply_gate(self, x: Tensor, signal: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Output and weights for checked arguments."""
+        raise NotImplementedError
+
+    def cost(self, shape: Sequence[int]) -> list[Part]:
+        """What ``shape`` = (B, *spatial) costs, step by step (see :mod:`attention.cost`)."""
+        raise NotImplementedError
+
+    def flops(self, shape: Sequence[int]) -> float:
+        """Operations of the forward pass on (B, *spatial)."""
+        return sum(part.flops for part in self.cost(shape))
+
+    def min_bytes(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> float:
+        """Bytes the forward pass on (B, *spatial) must move when each step reads and writes once."""
+        return sum(part.elements for part in self.cost(shape)) * dtype.itemsize
