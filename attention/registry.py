@@ -177,6 +177,6 @@ def _discover() -> None:
     import attention
 
     for info in pkgutil.iter_modules(attention.__path__):
-        if info.name != "registry":
+        if info.name not in ("__main__", "bench", "registry"):
             importlib.import_module(f"attention.{info.name}")
     _discovered = True

@@ -26,12 +26,15 @@ class Contestant:
         run: computes the output from tensors it already holds.
         leaves: those of them that get a gradient; empty when the peer has no backward pass.
         absent: why it cannot run here; ``run`` is then not called.
+        same: whether its output is the baseline's; one that computes something else is timed beside the others without
+            a comparison.
     """
 
     name: str
     run: Callable[[], Tensor | tuple[Tensor, ...]]
     leaves: Sequence[Tensor] = ()
     absent: str = ""
+    same: bool = True
 
 
 @dataclass(frozen=True)
@@ -88,12 +91,12 @@ def measure_machine(device: torch.device, dtypes: Sequence[torch.dtype]) -> Mach
     megabytes = 2048 if device.type == "cuda" else 256
     source = torch.empty(megabytes << 18, device=device).fill_(1)
     target = torch.empty_like(source)
-    copy = 2 * source.numel() * 4 / _median(lambda: target.copy_(source), device, 0.3)
+    copy = 2 * source.numel() * 4 / median_seconds(lambda: target.copy_(source), device, 0.3)
     size = 8192 if device.type == "cuda" else 1024
     rates = {}
     for dtype in dtypes:
         a = torch.randn(size, size, device=device).to(dtype)
-        rates[dtype] = 2 * size**3 / _median(lambda a=a: a @ a, device, 0.3)  # type: ignore[misc]
+        rates[dtype] = 2 * size**3 / median_seconds(lambda a=a: a @ a, device, 0.3)  # type: ignore[misc]
     return Machine(copy, rates)
 
 
@@ -112,7 +115,8 @@ def run_case(case: Case, machine: Machine, device: torch.device, seconds: float 
     for contestant in present:
         with torch.no_grad():
             out = contestant.run()
-        outputs[contestant.name] = (out if isinstance(out, Tensor) else out[0]).float()
+        if contestant.same:
+            outputs[contestant.name] = (out if isinstance(out, Tensor) else out[0]).float()
     expected = outputs[case.baseline]
     dtype = present[0].leaves[0].dtype if present[0].leaves else torch.float32
     for name, out in outputs.items():
@@ -192,7 +196,8 @@ def _once(call: Callable[[], object], device: torch.device) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def _median(call: Callable[[], object], device: torch.device, seconds: float) -> float:
+def median_seconds(call: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """Median time of ``call`` over about that many seconds."""
     return _take_turns({"": call}, device, seconds)[""]
 
 

@@ -1,0 +1,1 @@
+"""Mixers beside softmax attention and their released formulations: ``python -m attention.bench``."""
