@@ -11,7 +11,6 @@ that a mixer trains, not how good it is: for that see ``python -m tasks.classifi
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -32,6 +31,7 @@ import attention
 import backbones.architectures  # noqa: F401  (registers the host with timm)
 from attention.about import About
 from attention.mixer import Mixer
+from kernels.bench import write_json
 from kernels.errors import InputError, unknown_name
 
 BUNDLED = ("immunohistochemistry", "retina", "grass", "gravel", "brick")
@@ -138,7 +138,7 @@ def _run(chosen: argparse.Namespace, names: Sequence[str], images: dict[str, lis
             seconds = (time.perf_counter() - start) / chosen.seeds
             trials.append(summary(shown, accuracies, seconds))
             if chosen.json is not None:
-                _write(chosen.json, trials)
+                write_json(chosen.json, [asdict(trial) for trial in trials])
     return trials
 
 
@@ -258,15 +258,6 @@ def _grey(image: np.ndarray) -> Tensor:
     """(H, W), from 0 to 1."""
     values = image.astype(np.float32) / 255
     return torch.from_numpy(values if values.ndim == 2 else values[..., :3].mean(-1))
-
-
-def _write(path: Path, trials: Sequence[Trial]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(json.dumps([asdict(trial) for trial in trials], indent=1), encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}).") from error
 
 
 if __name__ == "__main__":

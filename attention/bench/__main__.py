@@ -104,7 +104,8 @@ def _save(chosen: argparse.Namespace, about: dict[str, str], results: Sequence[R
     from kernels.bench import write, write_json
 
     if chosen.json is not None:
-        content = {"machine": about, "results": [asdict(r) for r in results], "growth": [asdict(r) for r in rows]}
+        grown = [asdict(row) | {"slope": row.slope} for row in rows]
+        content = {"machine": about, "results": [asdict(r) for r in results], "growth": grown}
         write_json(chosen.json, content)
     if chosen.markdown is not None:
         write(chosen.markdown, markdown(about, results, rows))

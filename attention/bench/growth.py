@@ -24,14 +24,21 @@ class Growth:
     """How a mixer's forward pass grows with the tokens N.
 
     Attributes:
+        claimed: what the module says of itself.
         seconds: by the side of a square map.
-        slope: of log time over log N between the two largest maps.
     """
 
     mixer: str
     claimed: str
     seconds: dict[int, float]
-    slope: float | None
+
+    @property
+    def slope(self) -> float | None:
+        """Of log time over log N between the two largest maps; None where there are not two."""
+        if len(self.seconds) < 2:
+            return None
+        small, large = sorted(self.seconds)[-2:]
+        return math.log(self.seconds[large] / self.seconds[small]) / (2 * math.log(large / small))
 
 
 def growth(name: str, machine: Machine, device: torch.device) -> Growth:
@@ -46,11 +53,7 @@ def growth(name: str, machine: Machine, device: torch.device) -> Growth:
         x = torch.randn(1, *grid, GROWTH_DIM, device=device)
         with torch.no_grad():
             seconds[side] = median_seconds(lambda module=module, x=x: module(x), device, 0.3)  # type: ignore[misc]
-    sides = sorted(seconds)[-2:]
-    slope = None
-    if len(sides) == 2:
-        slope = math.log(seconds[sides[1]] / seconds[sides[0]]) / (2 * math.log(sides[1] / sides[0]))
-    return Growth(name, attention.class_of(name, "mixer").about.complexity, seconds, slope)  # type: ignore[attr-defined]
+    return Growth(name, attention.class_of(name, "mixer").about.complexity, seconds)  # type: ignore[attr-defined]
 
 
 def growth_table(rows: Sequence[Growth]) -> Table:
