@@ -4,8 +4,7 @@ Source: Chen, Fan and Panda, CrossViT: Cross-Attention Multi-Scale Vision Transf
 2021, arXiv 2103.14899. Where several cross-attention blocks follow each other in a fusion, each reads the patch tokens
 here; in the released code, whose models have one, only the first does.
 
-With few queries the key projection is moved to the query and the value projection behind the sum, so that the tokens
-that are read are never projected: ``q . Wk x = (Wk^T q) . x``.
+With few queries, as in the paper, the tokens that are read are not projected (see :mod:`attention.folding`).
 """
 
 from __future__ import annotations
@@ -18,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention.about import About
-from attention.cost import Part, attend, elementwise, projection
+from attention.cost import Part, attend, projection
 from attention.cross import Cross
+from attention.folding import Folded, folded_cost, folds, read_folded
 from attention.layout import heads_first, split_heads, weights_of
 from attention.masking import key_mask
 from attention.registry import register
@@ -56,39 +56,16 @@ class CrossViTAttention(Cross):
     def read(
         self, q: Tensor, kv: Tensor, mask: Tensor | None, want_weights: bool, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
-        read = self._read_folded if self._folds(q.shape[1]) else self._read_projected
-        out, weights = read(q, kv, mask, want_weights)
+        if folds(q.shape[1], self.num_heads, self.dim, self.dim):
+            out, seen = self._read_folded(q, kv, mask)
+            weights = seen.to(q.dtype) if want_weights else None
+        else:
+            out, weights = self._read_projected(q, kv, mask, want_weights)
         return self.proj_drop(self.proj(out)), weights
 
-    def _folds(self, queries: int) -> bool:
-        """Whether unprojected tokens, C wide for every head, cost less than projecting them."""
-        return queries * (self.num_heads - 1) <= self.dim
-
-    def _read_folded(
-        self, q: Tensor, kv: Tensor, mask: Tensor | None, want_weights: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        wanted = split_heads(self.wq(q) * self.head_dim**-0.5, self.num_heads)
-        to_key, to_value = (w.weight.unflatten(0, (self.num_heads, -1)) for w in (self.wk, self.wv))
-        folded = torch.einsum("bmhd,hdc->bmhc", wanted, to_key)
-        precise = torch.promote_types(kv.dtype, torch.float32)
-        scores = (folded.flatten(1, 2) @ kv.transpose(1, 2)).unflatten(1, folded.shape[1:3]).to(precise)
-        visible = key_mask(mask)
-        if visible is not None:
-            scores = scores.masked_fill(~visible, -torch.inf)
-        if self.own_key:
-            own = (folded * q[:, :, None]).sum(-1, keepdim=True)
-            scores = torch.cat([own.to(precise), scores], -1)
-        if self.wk.bias is not None:  # the same for all keys: without effect, but the bias stays part of the graph
-            scores = scores + torch.einsum("bmhd,hd->bmh", wanted, split_heads(self.wk.bias, self.num_heads))[..., None]
-        weights = scores.softmax(-1)
-        on_tokens = weights[..., 1:] if self.own_key else weights
-        pooled = (on_tokens.to(kv.dtype).flatten(1, 2) @ kv).unflatten(1, folded.shape[1:3])
-        if self.own_key:
-            pooled = pooled + weights[..., :1].to(kv.dtype) * q[:, :, None]
-        out = torch.einsum("bmhc,hdc->bmhd", pooled, to_value).flatten(2)
-        if self.wv.bias is not None:
-            out = out + self.wv.bias
-        return out, weights.transpose(1, 2).to(q.dtype) if want_weights else None
+    def _read_folded(self, q: Tensor, kv: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        layers = Folded(self.wk, self.wv, self.num_heads)
+        return read_folded(self.wq(q), kv, kv, layers, mask, q if self.own_key else None)
 
     def _read_projected(
         self, q: Tensor, kv: Tensor, mask: Tensor | None, want_weights: bool
@@ -120,14 +97,8 @@ class CrossViTAttention(Cross):
         batch, queries, tokens = shape
         asked, keys = batch * queries, tokens + self.own_key
         parts = [projection("queries", asked, self.dim, self.dim)]
-        if self._folds(queries):
-            rows = asked * self.num_heads
-            parts += [
-                Part("queries to keys' space", 2 * asked * self.dim**2, (asked + rows + self.dim) * self.dim),
-                Part("scores and sums", 4 * rows * keys * self.dim, (batch * tokens + 2 * rows) * self.dim),
-                elementwise("softmax", rows * keys, tensors=0, flops=5),
-                Part("values", 2 * asked * self.dim**2, (asked + rows + self.dim) * self.dim),
-            ]
+        if folds(queries, self.num_heads, self.dim, self.dim):
+            parts += folded_cost(batch, queries, keys, self.num_heads, self.dim, self.dim)
         else:
             read = batch * tokens + self.own_key * asked
             parts += [

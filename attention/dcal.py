@@ -194,8 +194,9 @@ class GlobalLocalCrossAttention(_SharedProjection):
 class PairwiseCrossAttention(_SharedProjection):
     """Pair-wise cross attention: an image reads itself and another under one softmax (Zhu et al. 2022).
 
-    The paper trains every block with it, as a harder task, its layers shared with self-attention (see :meth:`sharing`), the other image
-    drawn at random and the label that of the first; nothing of it remains at inference.
+    The paper trains every block with it, which makes the task harder: its layers are those of self-attention (see
+    :meth:`sharing`), the other image is drawn at random and the label is that of the first. Nothing of it remains at
+    inference.
 
     The weights are (B, heads, M, M + N), on the own tokens first.
 

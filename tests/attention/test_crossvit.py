@@ -8,6 +8,7 @@ from torch import nn
 
 import attention
 from attention.crossvit import CrossViTAttention, CrossViTBlock, ItemDropout, MultiScaleBlock
+from attention.folding import folds
 from kernels.errors import InputError
 from tests.attention.released.crossvit import released
 
@@ -26,15 +27,16 @@ def test_folded_and_projected_keys_give_one_result(queries: int, bias: bool, own
     module = make(own_key=own_key, qkv_bias=bias)
     q, kv = torch.randn(2, queries, 24), torch.randn(2, 9, 24)
     mask = torch.rand(2, 9) > 0.3
-    found = [read(q, kv * mask[..., None], mask, True) for read in (module._read_folded, module._read_projected)]
-    for folded, projected in zip(*found, strict=True):
+    read = kv * mask[..., None]
+    one, other = module._read_folded(q, read, mask), module._read_projected(q, read, mask, True)
+    for folded, projected in zip(one, other, strict=True):
         torch.testing.assert_close(folded, projected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(module(q, kv), released(module)(q, kv), rtol=1e-5, atol=1e-6)
 
 
 def test_many_queries_are_read_with_projected_keys_and_few_without() -> None:
     module = make()
-    assert module._folds(8) and not module._folds(9)
+    assert folds(8, 4, 24, 24) and not folds(9, 4, 24, 24)
     tokens = 1000
     assert module.flops((1, 8, tokens)) == pytest.approx(module.flops((1, 9, tokens)), rel=0.1)
     assert "keys and values" in [part.name for part in module.cost((1, 9, tokens))]
