@@ -7,11 +7,13 @@ the inputs and of the bag feature (PackMIL's form for grading).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
 from attention.about import About
+from attention.cost import Part, elementwise, projection
 from attention.pooling import (
     PooledBags,
     Pooler,
@@ -20,6 +22,7 @@ from attention.pooling import (
     join,
     rename,
     strip_wrappers,
+    weighted_sums,
 )
 from attention.registry import register
 from kernels.errors import unknown_name
@@ -89,6 +92,13 @@ class ABMIL(Pooler):
             embeddings = self.bag_norm(embeddings)
         return PooledBags(self.classifier(embeddings), embeddings, scores, {"weights": weights})
 
+    def cost(self, shape: Sequence[int]) -> list[Part]:
+        bags, instances = shape
+        parts = attention_cost(self.embed, self.gate, self.score, bags, instances)
+        if self.input_norm is not None:
+            parts.insert(0, elementwise("normalisation", instances * self.dim, flops=2))
+        return [*parts, projection("classifier", bags, self.classifier.in_features, self.classifier.out_features)]
+
     @staticmethod
     def checkpoint_filter(state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Names of the ACMIL repository (gated) and of the PackMIL repository (tanh) to ours."""
@@ -125,3 +135,14 @@ class BagNorm(nn.BatchNorm1d):
 def attention_weights(embed: nn.Linear, gate: nn.Linear, score: nn.Linear) -> AttentionWeights:
     """The parameters of three layers in the form the kernel takes."""
     return AttentionWeights(embed.weight, embed.bias, gate.weight, gate.bias, score.weight, score.bias)
+
+
+def attention_cost(embed: nn.Linear, gate: nn.Linear, score: nn.Linear, bags: int, instances: int) -> list[Part]:
+    """What embedding, score and weighted sums cost, for as many branches as there are scores."""
+    hidden, inner, branches = embed.out_features, score.in_features, score.out_features
+    return [
+        projection("embedding", instances, embed.in_features, hidden),
+        projection("gate", instances, hidden, gate.out_features),
+        projection("scores", instances, inner, branches),
+        weighted_sums("bag features", bags, instances, branches, hidden),
+    ]

@@ -12,12 +12,14 @@ equals pooling with the mean attention.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from attention.abmil import attention_weights
+from attention.abmil import attention_cost, attention_weights
 from attention.about import About
+from attention.cost import Part, projection
 from attention.pooling import (
     Objective,
     PooledBags,
@@ -94,6 +96,14 @@ class ChallengedPooler(Pooler):
     def classify_branches(self, branches: Tensor) -> Tensor:
         """Each branch's own logits (B, K, C) of its bag features ``(B, K, H)``."""
         return torch.einsum("bkh,kch->bkc", branches, self.branch_weight) + self.branch_bias
+
+    def classifier_cost(self, bags: int) -> list[Part]:
+        """What the branches' classifiers and that of the bag cost."""
+        hidden, classes = self.hidden_dim, self.classifier.out_features
+        return [
+            projection("branch classifiers", bags, self.num_branches * hidden, classes),
+            projection("classifier", bags, hidden, classes),
+        ]
 
     def hide_top(self, scores: Tensor, cu_seqlens: Tensor, noise: Tensor | None) -> Tensor:
         """Which of the top instances each row must not see this time (STKIM), (R, T) bool.
@@ -198,6 +208,10 @@ class ACMIL(ChallengedPooler):
         embeddings = branches.mean(1)
         extras = {"branch_logits": self.classify_branches(branches), "weights": weights}
         return PooledBags(self.classifier(embeddings), embeddings, scores, extras)
+
+    def cost(self, shape: Sequence[int]) -> list[Part]:
+        bags, instances = shape
+        return [*attention_cost(self.embed, self.gate, self.score, bags, instances), *self.classifier_cost(bags)]
 
     @staticmethod
     def checkpoint_filter(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ products per instance in place of 2 K + 1 full projections.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 
 from attention.about import About
 from attention.acmil import ChallengedPooler
-from attention.pooling import PooledBags, check_features, join, numbered, rename, strip_wrappers
+from attention.cost import Part, projection
+from attention.pooling import PooledBags, check_features, join, numbered, rename, strip_wrappers, weighted_sums
 from attention.registry import register
 from kernels.dense import linear
 from kernels.errors import InputError
@@ -107,6 +109,22 @@ class ACMILMultiHead(ChallengedPooler):
         }
         attention = by_branch.detach().mean(1).clamp_min(torch.finfo(weights.dtype).tiny).log()
         return PooledBags(self.classifier(embeddings), embeddings, attention, extras)
+
+    def cost(self, shape: Sequence[int]) -> list[Part]:
+        bags, instances = shape
+        hidden, branches, rows = self.hidden_dim, self.num_branches, self.num_branches * self.num_heads
+        queries = 2 * branches * hidden**2
+        pooled = bags * (branches + 1)  # the branches and the bag, each through two layers
+        weights = (branches + 1) * hidden**2
+        return [
+            projection("embedding", instances, self.dim, hidden),
+            Part("queries through the keys", 2 * queries, queries + (branches + rows) * hidden),
+            projection("scores", instances, hidden, rows),
+            weighted_sums("bag features", bags, instances, rows, hidden),
+            Part("values", 2 * pooled * hidden**2, pooled * (self.num_heads + 1) * hidden + weights),
+            Part("outputs", 2 * pooled * hidden**2, 2 * pooled * hidden + weights),
+            *self.classifier_cost(bags),
+        ]
 
     def _scores(self, hidden: Tensor) -> Tensor:
         """Raw scores (K * heads, T) of every branch's query against the keys of ``hidden (T, H)``."""

@@ -12,14 +12,16 @@ underflows; several true classes (multi-label targets) have their losses average
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention.abmil import attention_weights
+from attention.abmil import attention_cost, attention_weights
 from attention.about import About
+from attention.cost import Part, projection
 from attention.pooling import (
     Objective,
     PooledBags,
@@ -118,6 +120,14 @@ class CLAM(Pooler):
             return {"bag": bag, "total": bag}
         instance = self.instance_losses(bags, cu_seqlens, objective.active(target)).mean()
         return {"bag": bag, "instance": instance, "total": self.bag_weight * bag + (1 - self.bag_weight) * instance}
+
+    def cost(self, shape: Sequence[int]) -> list[Part]:
+        """The bag's logits; the instance loss, of a few instances a bag, is not in it."""
+        bags, instances = shape
+        return [
+            *attention_cost(self.embed, self.gate, self.score, bags, instances),
+            projection("classifier", bags, self.embed.out_features, self.num_classes),
+        ]
 
     def instance_losses(self, bags: PooledBags, cu_seqlens: Tensor, active: Tensor) -> Tensor:
         """Instance loss of each bag, (B,), where ``active (B, C)`` marks its true classes; 0 for an empty bag."""

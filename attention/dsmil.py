@@ -10,6 +10,7 @@ cross-entropy for classes.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -17,7 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention.about import About
-from attention.pooling import Objective, PooledBags, Pooler, check_features, rename, strip_wrappers
+from attention.cost import Part, projection
+from attention.pooling import (
+    Objective,
+    PooledBags,
+    Pooler,
+    check_features,
+    rename,
+    strip_wrappers,
+    weighted_sums,
+)
 from attention.registry import register
 from kernels.dense import linear
 from kernels.errors import unknown_name
@@ -97,6 +107,24 @@ class DSMIL(Pooler):
         bag = objective.loss(bags.logits, target).mean()
         instance = objective.loss(bags.extras["max_logits"], target).mean()
         return {"bag": bag, "instance": instance, "total": 0.5 * bag + 0.5 * instance}
+
+    def cost(self, shape: Sequence[int]) -> list[Part]:
+        bags, instances = shape
+        classes, width = self.instance_classifier.out_features, self.query.out_features
+        parts = [
+            projection("instance logits", instances, self.dim, classes),
+            projection("queries", instances, self.dim, width),
+        ]
+        if self.query_out is not None:
+            parts.append(projection("queries, second layer", instances, width, width))
+        if self.value is not None:
+            parts.append(projection("values", instances, self.dim, self.dim))
+        return [
+            *parts,
+            Part("scores", 2 * instances * classes * width, instances * (width + classes) + bags * classes * width),
+            weighted_sums("bag features", bags, instances, classes, self.dim),
+            projection("classifier", bags, classes * self.dim, classes),
+        ]
 
     def _queries(self, features: Tensor) -> Tensor:
         if self.query_out is None:

@@ -7,12 +7,14 @@ that holds the highest probability of any class.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from attention.about import About
+from attention.cost import Part, elementwise
 from attention.mean import InstanceClassifier
 from attention.pooling import PooledBags
 from attention.registry import register
@@ -60,6 +62,14 @@ class MaxPooling(InstanceClassifier):
         else:
             embeddings = hidden.new_zeros(len(valid), hidden.shape[1])
         return PooledBags(logits, embeddings, instance_logits.detach().t())
+
+    def cost(self, shape: Sequence[int]) -> list[Part]:
+        bags, instances = shape
+        return [
+            *super().cost(shape),
+            elementwise("largest logits", instances * self.classifier.out_features, tensors=1),
+            elementwise("bag features", bags * self.embed.out_features, flops=0),
+        ]
 
     def _rank(self, logits: Tensor) -> Tensor:
         """What instances are chosen by: a row per class, or one row, (C or 1, T)."""

@@ -6,6 +6,7 @@ being linear, the logits of the mean embedding are the same.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -13,7 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention.about import About
-from attention.pooling import PooledBags, Pooler, check_features, default_hidden_dim, rename, strip_wrappers
+from attention.cost import Part, projection
+from attention.pooling import (
+    PooledBags,
+    Pooler,
+    check_features,
+    default_hidden_dim,
+    rename,
+    strip_wrappers,
+    weighted_sums,
+)
 from attention.registry import register
 from kernels.dense import linear
 from kernels.errors import unknown_name
@@ -59,6 +69,15 @@ class InstanceClassifier(Pooler):
         hidden = linear(features, self.embed.weight, self.embed.bias, self.act)
         return F.dropout(hidden, self.dropout, self.training)
 
+    def cost(self, shape: Sequence[int]) -> list[Part]:
+        """Embedding and classification of every instance."""
+        _, instances = shape
+        hidden = self.embed.out_features
+        return [
+            projection("embedding", instances, self.dim, hidden),
+            projection("instance logits", instances, hidden, self.classifier.out_features),
+        ]
+
     @staticmethod
     def checkpoint_filter(state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Names of the ACMIL repository (``head``) and of CLAM's ``MIL_fc`` and ``MIL_fc_mc`` to ours."""
@@ -93,3 +112,12 @@ class MeanPooling(InstanceClassifier):
         with torch.no_grad():
             instance_logits = self.classifier(hidden)
         return PooledBags(self.classifier(embeddings), embeddings, instance_logits.t())
+
+    def cost(self, shape: Sequence[int]) -> list[Part]:
+        bags, instances = shape
+        hidden = self.embed.out_features
+        return [
+            *super().cost(shape),
+            weighted_sums("bag features", bags, instances, 1, hidden),
+            projection("classifier", bags, hidden, self.classifier.out_features),
+        ]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from attention.about import About
+from attention.cost import Part
 from kernels.errors import InputError
 
 
@@ -66,6 +67,23 @@ class Pooler(nn.Module):
         """Training loss terms by name, each a scalar; ``"total"`` is what is minimised, the others are logged."""
         bag = objective.loss(bags.logits, target).mean()
         return {"bag": bag, "total": bag}
+
+    def cost(self, shape: Sequence[int]) -> list[Part]:
+        """What ``shape`` = (bags, instances in all) costs in evaluation, step by step (see :mod:`attention.cost`)."""
+        raise NotImplementedError
+
+    def flops(self, shape: Sequence[int]) -> float:
+        """Operations of the forward pass on (bags, instances in all)."""
+        return sum(part.flops for part in self.cost(shape))
+
+    def min_bytes(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> float:
+        """Bytes the forward pass on (bags, instances in all) must move when each step reads and writes once."""
+        return sum(part.elements for part in self.cost(shape)) * dtype.itemsize
+
+
+def weighted_sums(name: str, bags: float, instances: float, rows: int, dim: int) -> Part:
+    """The cost of summing the features of each bag, of size ``dim``, with ``rows`` weights for each instance."""
+    return Part(name, 2 * instances * rows * dim, instances * (dim + rows) + bags * rows * dim)
 
 
 def default_hidden_dim(dim: int) -> int:

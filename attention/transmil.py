@@ -12,12 +12,14 @@ for the class token alone, which is all that is read, and the three depthwise co
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention.about import About
+from attention.cost import Part, attend, depthwise, elementwise, projection
 from attention.pooling import PooledBags, Pooler, check_features, rename, strip_wrappers
 from attention.registry import register
 from kernels.dense import linear
@@ -79,6 +81,20 @@ class TransMIL(Pooler):
         embeddings = self.norm(torch.stack([token for token, _ in outcomes]))
         attention = torch.cat([scores for _, scores in outcomes])[None]
         return PooledBags(self.classifier(embeddings), embeddings, attention)
+
+    def cost(self, shape: Sequence[int]) -> list[Part]:
+        """As if all bags were of one size."""
+        bags, instances = shape
+        count = math.ceil(instances / max(bags, 1))
+        side = math.isqrt(max(count - 1, 0)) + 1 if count else 0
+        hidden = self.embed.out_features
+        return [
+            projection("embedding", instances, self.dim, hidden),
+            *self.attention1.cost(bags, side * side + 1, side * side + 1),
+            depthwise("positional convolution", bags * side * side, hidden, 49),
+            *self.attention2.cost(bags, side * side + 1, 1),
+            projection("classifier", bags, hidden, self.classifier.out_features),
+        ]
 
     def _pool(self, bag: Tensor) -> tuple[Tensor, Tensor]:
         """Class token (H,) and attention scores (N,) of one bag of tokens ``(N, H)``."""
@@ -165,6 +181,32 @@ class NystromAttention(nn.Module):
             for head in range(self.num_heads):  # one head at a time: landmarks x tokens is the largest array here
                 row += (to_marks[head] @ (q_marks[head] @ k[head].t()).softmax(-1))[0]
             return out, row[front:] / self.num_heads
+
+    def cost(self, bags: int, tokens: int, read: int) -> list[Part]:
+        """What the norm before it and attention cost on sequences of ``tokens`` of which ``read`` outputs are wanted.
+
+        For a single one, the weights of that token on all others are in it.
+        """
+        dim, marks = self.out.in_features, self.num_landmarks
+        total = bags * math.ceil(tokens / marks) * marks
+        square = bags * self.num_heads * marks**2
+        parts = [
+            elementwise("normalisation", bags * tokens * dim, flops=8),
+            projection("q, k, v", total, dim, 3 * dim),
+            elementwise("landmarks", 2 * total * dim, tensors=1),
+            Part("landmark scores", 2 * bags * marks**2 * dim, 2 * bags * marks * dim + square),
+            Part("pseudo-inverse", _INVERSE_STEPS * 8 * square * marks, 2 * square),
+            attend("landmarks' attention", bags * marks, total / max(bags, 1), dim, total),
+        ]
+        if read == 1:
+            parts.append(Part("weights of the token", 2 * total * marks * dim, total * (dim + 1)))
+        else:
+            parts += [
+                Part("landmarks' values", 2 * bags * marks**2 * dim, square + 2 * bags * marks * dim),
+                attend("attention to landmarks", bags * read, marks, dim, bags * marks),
+                depthwise("residual convolution", total, dim, 2 * _REACH + 1),
+            ]
+        return [*parts, projection("output", bags * read, dim, dim)]
 
     def _merge(self, attended: Tensor) -> Tensor:
         """Heads (heads, n, d) side by side through the last layer, (n, H)."""

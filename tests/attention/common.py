@@ -19,6 +19,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "clam_mb": {"hidden_dim": 8, "attention_dim": 4, "dropout": 0.0, "num_samples": 3, "subtyping": True},
     "clam_sb": {"hidden_dim": 8, "attention_dim": 4, "dropout": 0.0, "num_samples": 3},
     "dsmil": {"query_dim": 6, "passing_v": True},
+    "efficient_probing": {"num_queries": 4, "norm": None},
     "gated_abmil": {"hidden_dim": 8, "attention_dim": 4},
     "max": {"hidden_dim": 8, "dropout": 0.0},
     "mean": {"hidden_dim": 8, "dropout": 0.0},

@@ -10,6 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import attention
 import conf
@@ -25,6 +26,7 @@ every_pooler = pytest.mark.parametrize("name", POOLERS)
 
 def test_the_baselines_of_the_field_are_registered() -> None:
     expected = {"mean", "max", "abmil", "gated_abmil", "acmil", "acmil_mha", "clam_sb", "clam_mb", "dsmil", "transmil"}
+    expected |= {"efficient_probing"}
     assert expected <= set(POOLERS)
     assert expected == set(SMALL)
 
@@ -208,6 +210,8 @@ def test_every_pooler_has_a_yaml_with_its_own_defaults(name: str) -> None:
     assert values.pop("name") == name
     accepted = inspect.signature(type(make(name))).parameters
     defaults = {key: p.default for key, p in accepted.items() if key not in ("dim", "num_classes")}
+    if len(attention.kinds_of(name)) > 1:  # one file serves all kinds, with what they share
+        defaults = {key: default for key, default in defaults.items() if key in values}
     assert values == defaults
     attention.create(name, kind="pooling", dim=32, num_classes=2, **values)
 
@@ -255,3 +259,22 @@ def test_the_attention_softmaxed_is_what_was_pooled_with(name: str) -> None:
     torch.testing.assert_close(weights[:, :6].sum(1), torch.ones(len(weights)))
     if "weights" in bags.extras and name != "acmil_mha":
         torch.testing.assert_close(weights, bags.extras["weights"])
+
+
+@every_pooler
+def test_costs_grow_with_the_instances_and_hold_one_read_of_the_features(name: str) -> None:
+    pooler = make(name)
+    for cost in (pooler.flops, pooler.min_bytes):
+        steps = [cost((1, count)) for count in (40_000, 80_000, 120_000)]
+        assert steps[2] - steps[1] == pytest.approx(steps[1] - steps[0], rel=0.02)
+        assert steps[0] >= cost((0, 40_000)) > 0
+    assert pooler.min_bytes((3, 1000), torch.bfloat16) == pooler.min_bytes((3, 1000)) / 2 > 1000 * DIM * 2
+
+
+@every_pooler
+def test_costs_are_the_operations_that_are_carried_out(name: str) -> None:
+    changes = {"bag_weight": 1.0} if name.startswith("clam") else {}  # one operation to the counter otherwise
+    pooler = make(name, **changes).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        pooler(torch.randn(4000, DIM), bounds([2000, 2000]))
+    assert pooler.flops((2, 4000)) == pytest.approx(counter.get_total_flops(), rel=0.1)
