@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 
 def wide(x: Tensor) -> Tensor:
@@ -12,7 +14,7 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def fold(conv: nn.Conv2d, norm: BatchNorm) -> tuple[Tensor, Tensor]:
+def fold(conv: _ConvNd, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     """Weight and bias of the one convolution that ``conv`` and ``norm`` are with the running statistics."""
     assert norm.running_mean is not None and norm.running_var is not None
     scale = wide(norm.weight) * (wide(norm.running_var) + norm.eps).rsqrt()
