@@ -33,6 +33,14 @@ def conv_norm(x: Tensor, conv: nn.Conv2d, norm: BatchNorm, mask: Tensor | None =
     return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
+def pointwise_norm(x: Tensor, conv: nn.Conv1d, norm: nn.BatchNorm1d) -> Tensor:
+    """``norm(conv(x))`` for (B, C, N) and a kernel of one tap."""
+    if norm.training:
+        return norm(conv(x))
+    weight, bias = fold(conv, norm)
+    return F.conv1d(x, weight, bias, groups=conv.groups)
+
+
 class BatchNorm(nn.BatchNorm2d):
     """Batch normalisation whose statistics, while training, are those of real tokens alone."""
 

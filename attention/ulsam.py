@@ -16,13 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention.about import About
-from attention.conv_norm import fold, wide
+from attention.conv_norm import pointwise_norm, wide
 from attention.cost import Part, elementwise
 from attention.gate import Gate
 from attention.registry import register
 from kernels.errors import InputError
-
-_LAYERS = ("conv_dws", "bn_dws", "conv_point", "bn_point")
 
 
 @register("ulsam", kind="gate")
@@ -58,9 +56,9 @@ class SubspaceAttention(Gate):
 
     def apply_gate(self, x: Tensor, signal: Tensor | None) -> tuple[Tensor, Tensor]:
         grid = x.shape[2:]
-        features = torch.relu(_normalised(x.flatten(2), self.conv_dws, self.bn_dws)).unflatten(2, grid)
+        features = torch.relu(pointwise_norm(x.flatten(2), self.conv_dws, self.bn_dws)).unflatten(2, grid)
         pooled = _POOLS[len(grid)](features, 3, 1, 1).flatten(2)
-        scores = torch.relu(_normalised(pooled, self.conv_point, self.bn_point))
+        scores = torch.relu(pointwise_norm(pooled, self.conv_point, self.bn_point))
         weights = (1 + torch.softmax(wide(scores), -1)).to(x.dtype).unflatten(2, (1, *grid))
         return (x.unflatten(1, (self.num_splits, -1)) * weights).flatten(1, 2), weights
 
@@ -91,11 +89,3 @@ class SubspaceAttention(Gate):
 
 
 _POOLS = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
-
-
-def _normalised(x: Tensor, conv: nn.Conv1d, norm: nn.BatchNorm1d) -> Tensor:
-    """``norm(conv(x))``, as one step where the statistics are fixed."""
-    if norm.training:
-        return norm(conv(x))
-    weight, bias = fold(conv, norm)
-    return F.conv1d(x, weight, bias, groups=conv.groups)
