@@ -26,6 +26,29 @@ from kernels.window_attention import relative_position_bias, window_attention
 PADDINGS = ("hide", "released")
 
 
+def two_sides(name: str, parameter: str, value: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width from one number for both or one for each, for the module called ``name``.
+
+    Raises:
+        InputError: it is neither, or below 1.
+    """
+    sides = (value, value) if isinstance(value, int) else tuple(value)
+    if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
+        raise InputError(
+            f"attention '{name}': {parameter}={value} must be at least 1, one whole number or (height, width)."
+        )
+    return sides[0], sides[1]
+
+
+def weights_on_map(weights: Tensor, extended: tuple[int, ...], grid: tuple[int, ...]) -> Tensor:
+    """Of weights between the tokens of a map that was extended at its ends, those (B, heads, N, N) of ``grid``."""
+    if extended == grid:
+        return weights
+    inner = (..., *(slice(n) for n in grid))
+    rows = weights.transpose(2, 3).unflatten(3, extended)[inner].flatten(3)
+    return rows.transpose(2, 3).unflatten(3, extended)[inner].flatten(3)
+
+
 @register("window", kind="mixer")
 class WindowAttention(Mixer):
     """Window attention with relative position bias and cyclic shift (Swin, Liu et al. 2021).
@@ -62,16 +85,14 @@ class WindowAttention(Mixer):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__(dim, num_heads)
-        h, w = (window_size, window_size) if isinstance(window_size, int) else window_size
-        if min(h, w) < 1:
-            raise InputError(f"attention 'window': window_size={window_size} must be at least 1.")
+        h, w = two_sides(self.name, "window_size", window_size)
         if padding not in PADDINGS:
-            raise unknown_name("attention.padding", padding, PADDINGS)
+            raise unknown_name(f"attention '{self.name}': padding", padding, PADDINGS)
         offset = 0 if shift == "alternate" else shift
         if not isinstance(offset, int) or not 0 <= offset < min(h, w):
             raise InputError(
-                f"attention 'window': shift={shift} must be 'alternate' or from 0 to {min(h, w) - 1}, less than the "
-                "window's side."
+                f"attention '{self.name}': shift={shift} must be 'alternate' or from 0 to {min(h, w) - 1}, less than "
+                "the window's side."
             )
         self.window_size = (h, w)
         self.shift = offset
@@ -100,10 +121,8 @@ class WindowAttention(Mixer):
 
     def weights(self, x: Tensor, mask: Tensor | None) -> Tensor:
         q, k, v = self._qkv(x, mask)
-        full = q.shape[1:3]
         seen = weights_of(lambda values: self._core(q, k, values), v)
-        rows = seen.unflatten(2, full)[:, :, : x.shape[1], : x.shape[2]].flatten(2, 3)
-        return rows.unflatten(3, full)[..., : x.shape[1], : x.shape[2]].flatten(3, 4)
+        return weights_on_map(seen, tuple(q.shape[1:3]), tuple(x.shape[1:3]))
 
     def _qkv(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Views (B, H, W, heads, D) of the projection, of the extended map where zeros outside it are seen."""
@@ -111,9 +130,13 @@ class WindowAttention(Mixer):
             below, right = (-n % w for n, w in zip(x.shape[1:3], self.window_size, strict=True))
             x = F.pad(x, (0, 0, 0, right, 0, below))
             mask = None if mask is None else F.pad(mask, (0, right, 0, below), value=True)
-        q, k, v = split_qkv(blank(self.qkv(x), mask), self.num_heads)
+        q, k, v = self._split(blank(self.qkv(x), mask))
         q, k = hide_keys(q, k, mask, self.head_dim**-0.5)
         return q, k, v
+
+    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Views (B, H, W, heads, D) of the fused projection."""
+        return split_qkv(qkv, self.num_heads)
 
     def _core(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         table = self.relative_position_bias_table
