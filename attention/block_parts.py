@@ -40,7 +40,7 @@ def depthwise_each(x: Tensor, kernels: Tensor) -> Tensor:
 
 
 def masked_batch_norm(norm: nn.BatchNorm1d, x: Tensor, mask: Tensor | None) -> Tensor:
-    """``norm`` on ``x`` (B, *grid, C); while training its statistics are those of the tokens that ``mask`` calls real."""
+    """``norm`` on ``x`` (B, *grid, C); while training, with the statistics of the real tokens of ``mask`` alone."""
     if mask is None or not norm.training:
         return norm(x.flatten(0, -2)).view(x.shape)
     values = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(0, -2)
