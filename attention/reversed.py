@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from attention.about import About
 from attention.cost import Part, attend, elementwise, projection
 from attention.layout import split_qkv, weights_of
+from attention.masking import blank
 from attention.mixer import Mixer
 from attention.registry import register
 from kernels.errors import InputError
@@ -100,7 +101,7 @@ class ReversedAttention(Mixer):
             message: (B, *grid), that of the layer before; 1 by default.
         """
         self._check(x, mask)
-        x = x if mask is None else x.masked_fill(~mask[..., None], 0)
+        x = blank(x, mask)
         return self._weights(x, mask, self._message(x, mask, message)).sum(1)
 
     def packed(self, x: Tensor, cu_seqlens: Tensor, shapes: Sequence[tuple[int, ...]] | None = None) -> Tensor:
@@ -135,8 +136,8 @@ class ReversedAttention(Mixer):
         batch, tokens = len(q), q.shape[1:-2].numel()
         cuts = torch.arange(0, (batch + 1) * tokens, tokens, device=q.device)
         values = (sent[..., None] * v).to(v.dtype)
-        flat = [t.flatten(0, -3) for t in (q, k, values)]
-        return _receive(*flat, cuts, None if mask is None else mask.flatten()).view(v.shape)
+        queries, keys, values = (t.flatten(0, -3) for t in (q, k, values))
+        return _receive(queries, keys, values, cuts, None if mask is None else mask.flatten()).view(v.shape)
 
     def cost(self, shape: Sequence[int]) -> list[Part]:
         batch, tokens = shape[0], math.prod(shape[1:])
