@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from attention.abmil import BagNorm
 from attention.about import About
-from attention.cost import Part, attend, projection
+from attention.cost import Part, attend, elementwise, projection
 from attention.cross import Cross
 from attention.folding import folds
 from attention.layout import heads_first, split_heads, weights_of
@@ -127,17 +127,31 @@ class EfficientProbingCross(Cross):
         self, q: Tensor, kv: Tensor, mask: Tensor | None, want_weights: bool, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
         queries, keys = (heads_first(split_heads(x, self.num_heads)) for x in (q, kv))
+        visible = key_mask(mask)
+        if folds(q.shape[1], self.num_heads, self.dim, self.dim):
+            return self._read_means(queries, keys, kv, visible, want_weights)
 
         def core(values: Tensor) -> Tensor:
-            out = F.scaled_dot_product_attention(queries, keys, heads_first(values), attn_mask=key_mask(mask))
+            out = F.scaled_dot_product_attention(queries, keys, heads_first(values), attn_mask=visible)
             return out.transpose(1, 2)
 
-        weights = weights_of(core, split_heads(kv, self.num_heads)) if want_weights else None
-        if not folds(q.shape[1], self.num_heads, self.dim, self.dim):
-            return core(split_heads(self.v(kv), self.num_heads)).flatten(2), weights
-        means = core(kv[:, :, None].expand(-1, -1, self.num_heads, -1))  # (B, M, heads, C)
-        out = torch.einsum("bmhc,hdc->bmhd", means, self.v.weight.unflatten(0, (self.num_heads, -1))).flatten(2)
-        return out if self.v.bias is None else out + self.v.bias, weights
+        values = split_heads(self.v(kv), self.num_heads)
+        return core(values).flatten(2), weights_of(core, values) if want_weights else None
+
+    def _read_means(
+        self, queries: Tensor, keys: Tensor, kv: Tensor, visible: Tensor | None, want_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The means of unprojected tokens, which all heads share: fused attention would copy them for each head."""
+        scores = (queries * self.head_dim**-0.5) @ keys.transpose(-2, -1)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        if visible is not None:
+            scores = scores.masked_fill(~visible, -torch.inf)
+        weights = scores.softmax(-1)
+        means = (weights.to(kv.dtype).flatten(1, 2) @ kv).unflatten(1, weights.shape[1:3])  # (B, heads, M, C)
+        out = torch.einsum("bhmc,hdc->bmhd", means, self.v.weight.unflatten(0, (self.num_heads, -1))).flatten(2)
+        if self.v.bias is not None:
+            out = out + self.v.bias
+        return out, weights.to(kv.dtype) if want_weights else None
 
     def cost(self, shape: Sequence[int]) -> list[Part]:
         batch, queries, tokens = shape
@@ -154,5 +168,6 @@ class EfficientProbingCross(Cross):
                 2 * (asked + rows) * tokens * self.dim,
                 (batch * tokens + asked + rows) * self.dim,
             ),
+            elementwise("softmax", rows * tokens, tensors=0, flops=5),
             Part("values of the means", 2 * asked * self.dim**2, (rows + asked + self.dim) * self.dim),
         ]
