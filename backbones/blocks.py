@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from timm.layers import DropPath, LayerScale, Mlp
+from timm.layers.drop import DropPath
+from timm.layers.layer_scale import LayerScale
+from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 
 from attention.layout import to_channels_first, to_channels_last

@@ -100,13 +100,13 @@ def forget_positions(model: nn.Module) -> None:
     if isinstance(model, beit.Beit):
         model.rel_pos_bias = None  # type: ignore[assignment]
     elif isinstance(model, vision_transformer_relpos.VisionTransformerRelPos):
-        model.shared_rel_pos = None  # type: ignore[assignment]
+        model.shared_rel_pos = None
     elif isinstance(model, eva.Eva) and model.rope is not None and any(True for _ in model.rope.parameters()):
-        model.rope, model.rope_mixed = None, False
+        model.rope, model.rope_mixed = None, False  # type: ignore[assignment]
     elif isinstance(model, gcvit.GlobalContextVit):
         for stage in model.stages:
-            stage.global_block = nn.Identity()  # type: ignore[assignment]
-            stage.global_norm = nn.Identity()  # type: ignore[assignment]
+            stage.global_block = nn.Identity()
+            stage.global_norm = nn.Identity()
 
 
 def _replaced(place: Place) -> bool:
@@ -129,7 +129,7 @@ def _places(model: nn.Module) -> Iterator[Place]:
             continue
         current = getattr(block, attribute)
         norm = block.norm if isinstance(block, inception_next.MetaNeXtBlock) else block.norm1
-        dim = norm.weight.shape[0]  # type: ignore[union-attr, index]
+        dim = _width(norm)
         heads = _heads(current, dim)
 
         def put(
@@ -162,7 +162,13 @@ def _patch_grid(model: nn.Module) -> Grid | None:
         owner = getattr(hook, "__self__", None)
         if isinstance(owner, Grid):
             return owner
-    return Grid(model.patch_embed.grid_size or (1, 1))
+    height, width = model.patch_embed.grid_size or (1, 1)  # type: ignore[misc]
+    return Grid((height, width))
+
+
+def _width(norm: Any) -> int:
+    """Channels of any layer of normalisation."""
+    return int(norm.weight.shape[0])
 
 
 def _heads(current: nn.Module, dim: int) -> int:

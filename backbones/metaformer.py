@@ -21,7 +21,9 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, LayerNorm2d, trunc_normal_
+from timm.layers.classifier import ClassifierHead
+from timm.layers.norm import LayerNorm2d
+from timm.layers.weight_init import trunc_normal_
 from timm.models import (
     build_model_with_cfg,
     checkpoint,
@@ -81,7 +83,7 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = to_channels_last(self.downsample(x))
         for block in self.blocks:
-            x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
+            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
         return self.gate(to_channels_first(x).contiguous())
 
 
@@ -161,7 +163,7 @@ class MetaFormer(nn.Module):
             downsample = nn.Identity() if i == 0 else ConvNorm(dims[i - 1], dim)
             stages.append(Stage(downsample, blocks, None if after is None else after.build(dim, i)))
         self.stages = nn.Sequential(*stages)
-        self.norm = LayerNorm2d(dims[-1], eps=1e-6)
+        self.norm: nn.Module = LayerNorm2d(dims[-1], eps=1e-6)
         self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate)
         self._initialise()
         if device is not None or dtype is not None:
@@ -249,7 +251,7 @@ class MetaFormer(nn.Module):
         if prune_head or shortened:
             self.reset_classifier(0, "")
         if shortened:
-            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]  # type: ignore[assignment]
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
         return take
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -266,7 +268,7 @@ def checkpoint_filter_fn(state: dict[str, Tensor], model: nn.Module) -> dict[str
     """The weights themselves, out of a training checkpoint and without the prefix of data-parallel training."""
     for key in ("state_dict", "model", "model_ema"):
         if isinstance(state.get(key), Mapping):
-            state = dict(state[key])  # type: ignore[call-overload]
+            state = dict(state[key])
             break
     return {key.removeprefix("module."): value for key, value in state.items()}
 

@@ -23,8 +23,11 @@ from timm.models import convnext, efficientnet, mobilenetv3, regnet, resnet
 from torch import nn
 
 from backbones import families
-from backbones.choices import per_stage
+from backbones.choices import HostKind, per_stage
+from backbones.families import FAMILIES
 from kernels.errors import InputError
+
+__all__ = ["FAMILIES", "GATED_FAMILIES", "Change", "add_gates", "gated_stages", "replace_attention", "takes"]
 
 GATED_FAMILIES = "ResNet (ResNeXt, SE and wide ones), ConvNeXt, RegNet, EfficientNet, MobileNetV3 and metaformer_*"
 _PYRAMIDS = (resnet.ResNet, convnext.ConvNeXt, regnet.RegNet, efficientnet.EfficientNet, mobilenetv3.MobileNetV3)
@@ -119,6 +122,13 @@ def add_gates(model: nn.Module, gate: Any) -> Change:
         return sum(module is not None for module in gates)
 
     return _counted(model, change)
+
+
+def takes(model: nn.Module) -> list[HostKind]:
+    """What can be put into ``model``: mixers, gates, or nothing."""
+    if families.stages_of(model):
+        return ["mixer"]
+    return ["gate"] if gated_stages(model) else []
 
 
 def gated_stages(model: nn.Module) -> list[tuple[nn.Module, int]]:

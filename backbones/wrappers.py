@@ -91,7 +91,8 @@ class Patches(nn.Module):
 class _Unwindowed:
     """What Swin blocks have in common once their mixer sees the whole map (B, H, W, C)."""
 
-    attn: nn.Module
+    attn: Any
+    input_resolution: Any
 
     def _attn(self, x: Tensor) -> Tensor:
         return self.attn(x)
@@ -118,7 +119,8 @@ class MixingSwinV2CrBlock(_Unwindowed, SwinTransformerV2CrBlock):
 class _Unpartitioned:
     """What MaxViT's two attention blocks have in common once their mixer sees the whole map."""
 
-    attn: nn.Module
+    attn: Any
+    partition_size: Any
 
     def _partition_attn(self, x: Tensor) -> Tensor:
         return self.attn(x)
@@ -164,8 +166,5 @@ class MixingMetaFormerStage(MetaFormerStage):
         # A map goes through the sequence's norms, MLPs and scales unchanged: all of them work on the last axis.
         x = to_channels_last(self.downsample(x))
         for block in self.blocks:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x)
-            else:
-                x = block(x)
+            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
         return to_channels_first(x).contiguous()
