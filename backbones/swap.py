@@ -155,13 +155,14 @@ def _counted(model: nn.Module, change: Callable[[], int]) -> Change:
     for module in model.modules():
         if module not in modules:
             module.train(model.training)
+            if sample.dtype != torch.get_default_dtype():
+                module.to(sample.dtype)
     kept = new = 0
     for parameter in model.parameters():
         if id(parameter) in before:
             kept += parameter.numel()
         else:
             new += parameter.numel()
-            parameter.data = parameter.data.to(sample.dtype)
     return Change(count, kept, new, sum(parameter.numel() for parameter in before.values()) - kept)
 
 
