@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from backbones.encoder import Encoder
+    from backbones.swap import Change
 
-__all__ = ["available", "create", "create_encoder"]
+__all__ = ["add_gates", "available", "create", "create_encoder", "replace_attention"]
 
 
 def available(pattern: str | None = None) -> list[str]:
@@ -33,7 +34,7 @@ def create(
     pretrained: bool = False,
     features_only: bool = False,
     out_indices: Sequence[int] | None = None,
-    attention: str | nn.Module | type[nn.Module] | Mapping[str, Any] | None = None,
+    attention: str | type[nn.Module] | Mapping[str, Any] | Sequence[Any] | None = None,
     **params: Any,
 ) -> nn.Module:
     """Build the backbone called ``name`` as a timm model, with weights from the model hub only when ``pretrained``.
@@ -43,16 +44,34 @@ def create(
             behind ``timm:``, a model hub id behind ``hf-hub:``, or a dotted path ``package.module:Class``.
         features_only: return a module that gives the list of feature maps instead of logits.
         out_indices: which feature maps, counted from the finest.
-        attention: the token mixer to use instead of the backbone's own, where the backbone has one.
-        params: passed on to the model.
+        attention: a registered module, by its name, by a dotted path, by a mapping of ``name`` and parameters, or by a
+            list of these with one entry per stage, where None leaves the stage as it is. A mixer takes the place of a
+            transformer's own attention, a gate follows each stage of a convolutional pyramid; weights of everything
+            else are kept, and feature maps are NCHW. See :mod:`backbones.swap` for the families.
+        params: passed on to the model; ``img_size`` is also what tables of a mixer that depend on it are built for, and
+            is of no account for networks that take any size.
 
     Raises:
-        InputError: the name is unknown, a parameter is not taken, the backbone has no token mixer to replace, or the
+        InputError: the name is unknown, a parameter is not taken, the backbone has no place for the attention, or the
             weights cannot be had.
     """
     from backbones import registry
 
     return registry.create(name, pretrained, features_only, out_indices, attention, **params)
+
+
+def replace_attention(model: nn.Module, attention: Any, *, img_size: int | Sequence[int] | None = None) -> Change:
+    """Put mixers in the place of the token mixers of a timm model; see :func:`backbones.swap.replace_attention`."""
+    from backbones import swap
+
+    return swap.replace_attention(model, attention, img_size=img_size)
+
+
+def add_gates(model: nn.Module, gate: Any) -> Change:
+    """Put gates after the stages of a convolutional timm model; see :func:`backbones.swap.add_gates`."""
+    from backbones import swap
+
+    return swap.add_gates(model, gate)
 
 
 def create_encoder(

@@ -6,15 +6,25 @@ import difflib
 import importlib
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
+from timm.models._features import FeatureGetterNet
 from torch import nn
 
-import backbones.architectures  # noqa: F401  (registers our models with timm)
+import backbones.architectures  # registers our models with timm
+import backbones.metaformer  # noqa: F401
+from attention.registry import available as known
+from backbones import swap
+from backbones.choices import HostKind, kind_of, spoken
 from kernels.errors import InputError
+
+_log = logging.getLogger(__name__)
+Change = Callable[[nn.Module], None]
 
 HUB = "hf-hub:"
 _HUB_PREFIXES = (HUB, "hf_hub:")
@@ -32,7 +42,7 @@ def create(
     pretrained: bool = False,
     features_only: bool = False,
     out_indices: Sequence[int] | None = None,
-    attention: str | nn.Module | type[nn.Module] | Mapping[str, Any] | None = None,
+    attention: Any = None,
     **params: Any,
 ) -> nn.Module:
     """See :func:`backbones.create`."""
@@ -43,15 +53,28 @@ def create(
     if is_dotted_path(name):
         return _create_own(name, pretrained, attention, params)
     model_name = resolve(name, pretrained)
+    change: Change | None = None
     if attention is not None:
-        if "attention" not in inspect.signature(timm.model_entrypoint(model_name)).parameters:
-            raise InputError(
-                f"backbone '{name}' has no token mixer that can be replaced, so attention='{_spoken(attention)}' does "
-                "not apply; leave attention out or choose a backbone whose blocks take one."
-            )
-        params["attention"] = attention
+        accepted = parameters_of(model_name)
+        if "gate" in accepted and kind_of(attention) == "gate":
+            if params.get("gate") is not None:
+                raise InputError(
+                    f"backbone '{name}' is given gates twice, attention={spoken(attention)} and "
+                    f"gate={spoken(params['gate'])}; leave one of them out."
+                )
+            params["gate"] = attention
+        elif "attention" in accepted:
+            params["attention"] = attention
+        else:
+            change = partial(_change, name, attention, kind_of(attention), params.get("img_size"))
+    if change is not None and features_only:
+        # timm calls this when the weights are loaded, and would wrap the unchanged model.
+        params["feature_cls"] = partial(_features, change)
     try:
-        return timm.create_model(model_name, pretrained=pretrained, **params)
+        model = _build(model_name, pretrained, params)
+        if change is not None and not features_only:
+            change(model)
+        return model
     except InputError:
         raise
     except OSError as error:
@@ -60,8 +83,52 @@ def create(
             f"({_first_line(error)}); connect, or give backbone.checkpoint=FILE."
         ) from error
     except _BUILD_ERRORS as error:
+        params.pop("feature_cls", None)
         given = f" with {', '.join(f'{k}={v!r}' for k, v in params.items())}" if params else ""
         raise InputError(f"backbone '{name}' cannot be built{given} ({_first_line(error)}).") from error
+
+
+def parameters_of(model_name: str) -> list[str]:
+    """Names of the parameters that the model's builder names itself; what else it takes is its class's affair."""
+    base = model_name.partition(".")[0]
+    return list(inspect.signature(timm.model_entrypoint(base)).parameters) if timm.is_model(base) else []
+
+
+def _build(model_name: str, pretrained: bool, params: dict[str, Any]) -> nn.Module:
+    """The timm model; ``img_size`` is left out for networks that take any size and have no such parameter."""
+    try:
+        return timm.create_model(model_name, pretrained=pretrained, **params)
+    except TypeError as error:
+        if "img_size" not in params or "'img_size'" not in str(error):
+            raise
+        others = {key: value for key, value in params.items() if key != "img_size"}
+        return timm.create_model(model_name, pretrained=pretrained, **others)
+
+
+def _change(name: str, attention: Any, kind: HostKind, img_size: Any, model: nn.Module) -> None:
+    """Put mixers or gates into ``model``, or say what would fit."""
+    takes = swap.takes(model)
+    if kind not in takes:
+        fits = [f"it takes {other}s: {', '.join(known(other))}" for other in takes]
+        families = {"mixer": swap.FAMILIES, "gate": swap.GATED_FAMILIES}[kind]
+        where = {"mixer": "token mixer that can be replaced", "gate": "stages that gates can follow"}[kind]
+        raise InputError(
+            f"backbone '{name}' has no {where}, so the {kind} attention='{spoken(attention)}' does not apply; "
+            f"{'; '.join([*fits, f'{kind}s go with {families}'])}."
+        )
+    if kind == "mixer":
+        done = swap.replace_attention(model, attention, img_size=img_size)
+    else:
+        done = swap.add_gates(model, attention)
+    _log.info("backbone '%s' with attention '%s': %s", name, spoken(attention), done)
+
+
+def _features(
+    change: Change, model: nn.Module, out_indices: int | tuple[int, ...] = (0, 1, 2, 3), **_: Any
+) -> FeatureGetterNet:
+    """The changed model as a module that gives NCHW feature maps."""
+    change(model)
+    return FeatureGetterNet(model, out_indices=out_indices)
 
 
 def resolve(name: str, pretrained: bool) -> str:
@@ -133,10 +200,6 @@ def _create_own(path: str, pretrained: bool, attention: Any, params: dict[str, A
     if not isinstance(model, nn.Module):
         raise InputError(f"backbone '{path}' gave a {type(model).__name__}; a torch.nn.Module is needed.")
     return model
-
-
-def _spoken(attention: Any) -> str:
-    return attention if isinstance(attention, str) else getattr(attention, "name", type(attention).__name__)
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,0 +1,135 @@
+"""What may be written for ``attention=`` and ``gate=`` of a backbone, and the modules built from it.
+
+A choice is the name of a registered module, a dotted path ``package.module:Class``, a class with an attribute ``kind``,
+or a mapping of ``name`` and parameters. A list holds one choice per stage.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import nn
+
+import attention as registry
+from kernels.errors import InputError
+
+HostKind = Literal["mixer", "gate"]
+HOST_KINDS: tuple[HostKind, ...] = ("mixer", "gate")
+_WHERE: dict[HostKind, str] = {
+    "mixer": "a token mixer replaces that of transformer blocks",
+    "gate": "a gate follows the stages of a convolutional pyramid",
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One module that is to be built: its name, its class, and the parameters that were given for it."""
+
+    name: str
+    cls: type[nn.Module]
+    params: dict[str, Any] = field(default_factory=dict)
+
+    def build(self, dim: int, index: int = 0, **offers: Any) -> nn.Module:
+        """The module for ``dim`` channels in block ``index`` of a stage.
+
+        ``offers`` (``num_heads``, ``input_size``) are passed where the class takes them and they were not given.
+
+        Raises:
+            InputError: a parameter is unknown or impossible.
+        """
+        accepted = inspect.signature(self.cls).parameters
+        # What a class does with a block's number may hang on a parameter that was left at its default.
+        params = {n: p.default for n, p in accepted.items() if p.default is not p.empty} | self.params
+        params |= {n: value for n, value in offers.items() if n in accepted and n not in self.params}
+        for_block = getattr(self.cls, "for_block", None)
+        if for_block is not None:
+            params = for_block(params, index)
+        if ":" in self.name or any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+            unknown = []
+        else:
+            unknown = [n for n in self.params if n not in accepted]
+        if unknown:  # the registry has the sentence for it
+            return registry.create(self.name, kind=getattr(self.cls, "kind", None), dim=dim, **self.params)
+        return self.cls(dim=dim, **params)
+
+
+def choose(entry: Any, kinds: Sequence[HostKind] = HOST_KINDS) -> Choice:
+    """The choice that ``entry`` stands for, of the first of ``kinds`` in which it exists.
+
+    Raises:
+        InputError: the name is unknown, the form is not one of a choice, or the module is of another kind.
+    """
+    name, params = _name_and_params(entry)
+    found = registry.kinds_of(name)
+    kind = next((kind for kind in kinds if kind in found), None)
+    if kind is None:
+        fitting = "; ".join(f"{_WHERE[kind]} ({', '.join(registry.available(kind))})" for kind in kinds)
+        raise InputError(
+            f"attention '{name}' is of kind '{' and '.join(found)}', which has no place in this backbone; {fitting}."
+        )
+    cls = registry.class_of(name, kind)
+    if 2 not in getattr(cls, "grids", (2,)):
+        raise InputError(f"attention '{name}' takes no maps of two axes, which the stages of a backbone give.")
+    return Choice(name, cls, params)
+
+
+def per_stage(entry: Any, stages: int, kind: HostKind, what: str) -> list[Choice | None]:
+    """One choice for each of ``stages``; a single entry counts for all of them, None in a list for no choice.
+
+    Raises:
+        InputError: the list has another length, or :func:`choose` refuses an entry.
+    """
+    if not is_list(entry):
+        return [choose(entry, (kind,))] * stages
+    if len(entry) != stages:
+        want = "one stage, so give one entry" if stages == 1 else f"{stages} stages, so give one entry or {stages}"
+        raise InputError(f"{what} has {stages and want}; the list has {len(entry)}: {spoken(entry)}.")
+    return [None if item is None else choose(item, (kind,)) for item in entry]
+
+
+def kind_of(entry: Any) -> HostKind:
+    """Whether ``entry`` names mixers or gates; a list must be of one kind.
+
+    Raises:
+        InputError: neither, or both.
+    """
+    entries = [item for item in entry if item is not None] if is_list(entry) else [entry]
+    if not entries:
+        raise InputError("attention is a list without a single name; give one entry per stage.")
+    kinds: list[HostKind] = [
+        next(kind for kind in HOST_KINDS if kind in registry.kinds_of(choose(item).name)) for item in entries
+    ]
+    if len(set(kinds)) > 1:
+        names = ", ".join(f"{spoken(item)} ({kind})" for item, kind in zip(entries, kinds, strict=True))
+        raise InputError(f"attention mixes kinds in one list: {names}; give mixers or gates alone.")
+    return kinds[0]
+
+
+def is_list(entry: Any) -> bool:
+    """Whether there is one entry per stage."""
+    return isinstance(entry, Sequence) and not isinstance(entry, str)
+
+
+def spoken(entry: Any) -> str:
+    """An entry as it is named in messages."""
+    if is_list(entry):
+        return "[" + ", ".join("None" if item is None else spoken(item) for item in entry) + "]"
+    if isinstance(entry, Mapping):
+        return str(entry.get("name", dict(entry)))
+    return entry if isinstance(entry, str) else getattr(entry, "name", type(entry).__name__)
+
+
+def _name_and_params(entry: Any) -> tuple[str, dict[str, Any]]:
+    if isinstance(entry, str):
+        return entry, {}
+    if isinstance(entry, type):
+        return f"{entry.__module__}:{entry.__qualname__}", {}
+    if isinstance(entry, Mapping) and isinstance(entry.get("name"), str):
+        return entry["name"], {key: value for key, value in entry.items() if key != "name"}
+    raise InputError(
+        f"attention={entry!r} is not understood; give a name, package.module:Class, a mapping with 'name', or a list "
+        "with one of these per stage."
+    )
