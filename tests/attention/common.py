@@ -20,6 +20,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "clam_sb": {"hidden_dim": 8, "attention_dim": 4, "dropout": 0.0, "num_samples": 3},
     "dsmil": {"query_dim": 6, "passing_v": True},
     "gated_abmil": {"hidden_dim": 8, "attention_dim": 4},
+    "low_rank": {"num_heads": 3},
     "max": {"hidden_dim": 8, "dropout": 0.0},
     "mean": {"hidden_dim": 8, "dropout": 0.0},
     "transmil": {"hidden_dim": 16, "num_heads": 4, "num_landmarks": 4, "dropout": 0.0},

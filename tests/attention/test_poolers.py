@@ -25,6 +25,7 @@ every_pooler = pytest.mark.parametrize("name", POOLERS)
 
 def test_the_baselines_of_the_field_are_registered() -> None:
     expected = {"mean", "max", "abmil", "gated_abmil", "acmil", "acmil_mha", "clam_sb", "clam_mb", "dsmil", "transmil"}
+    expected |= {"low_rank"}
     assert expected <= set(POOLERS)
     assert expected == set(SMALL)
 
