@@ -21,6 +21,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "dsmil": {"query_dim": 6, "passing_v": True},
     "efficient_probing": {"num_queries": 4, "norm": None},
     "gated_abmil": {"hidden_dim": 8, "attention_dim": 4},
+    "low_rank": {"num_heads": 3},
     "max": {"hidden_dim": 8, "dropout": 0.0},
     "mean": {"hidden_dim": 8, "dropout": 0.0},
     "transmil": {"hidden_dim": 16, "num_heads": 4, "num_landmarks": 4, "dropout": 0.0},
