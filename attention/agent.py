@@ -26,6 +26,7 @@ from attention.layout import heads_first, heads_last, split_heads, to_channels_f
 from attention.masked_mean import adaptive_mean
 from attention.masking import blank
 from attention.mixer import Mixer
+from attention.prefix import grid_behind
 from attention.registry import register
 from kernels.errors import InputError
 from kernels.varlen_attention import varlen_attention
@@ -202,18 +203,9 @@ class AgentAttention(Mixer):
 
     def _grid(self, x: Tensor) -> tuple[int, ...]:
         """Size of the map in ``x``, without the tokens in front of it."""
-        if not self.prefix:
-            return tuple(x.shape[1:-1])
-        tokens = x.shape[1] - self.prefix
-        height, width = self.input_size
-        if tokens != height * width:
-            height = round(math.sqrt(max(tokens, 0) * height / width))
-        if tokens < 1 or height < 1 or tokens % height:
-            raise InputError(
-                f"attention 'agent': {x.shape[1]} tokens with a prefix of {self.prefix} are no map of the proportions "
-                f"of input_size={self.input_size}; give it {self.prefix} and H x W tokens of that shape."
-            )
-        return height, tokens // height
+        if self.prefix:
+            return grid_behind("agent", x.shape[1], self.prefix, self.input_size)
+        return tuple(x.shape[1:-1])
 
     def packed(self, x: Tensor, cu_seqlens: Tensor, shapes: Sequence[tuple[int, ...]] | None = None) -> Tensor:
         if len(self.input_size) > 1:
