@@ -13,7 +13,7 @@ the tokens is of no account.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,14 +23,15 @@ from attention.about import About
 from attention.agent_bias import AgentBias, attend_agents, resize
 from attention.cost import Part, attend, depthwise, projection
 from attention.layout import heads_first, heads_last, split_heads, to_channels_first, to_channels_last, weights_of
+from attention.masked_mean import adaptive_mean
 from attention.masking import blank
 from attention.mixer import Mixer
+from attention.prefix import grid_behind
 from attention.registry import register
 from kernels.errors import InputError
 from kernels.varlen_attention import varlen_attention
 
 _CONVOLUTIONS: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
-_POOLS: dict[int, Callable[..., Tensor]] = {2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
 
 @register("agent", kind="mixer")
@@ -182,16 +183,12 @@ class AgentAttention(Mixer):
 
     def _pool(self, q: Tensor, grid: tuple[int, ...], mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Mean query of the real tokens of each agent's cell (B, heads, n, D), and which cells have any."""
-        pool = _POOLS[len(grid)]
         queries = to_channels_first(q.flatten(1, -3)[:, self.prefix :].flatten(-2).unflatten(1, grid))
-        means = pool(queries, self.agent_grid)
-        there = None
-        if mask is not None:
-            real = mask.flatten(1)[:, self.prefix :].unflatten(1, grid)[:, None]
-            share = pool(real.float(), self.agent_grid)
-            there = (share > 0).flatten(1)
-            means = (means / share.masked_fill(share == 0, 1)).to(q.dtype)
-        return means.flatten(2).unflatten(1, (self.num_heads, -1)).transpose(2, 3), there
+        real = None if mask is None else mask.flatten(1)[:, self.prefix :].unflatten(1, grid)
+        means, there = adaptive_mean(queries, real, self.agent_grid)
+        return means.flatten(2).unflatten(1, (self.num_heads, -1)).transpose(
+            2, 3
+        ), None if there is None else there.flatten(1)
 
     def _local(self, v: Tensor, grid: tuple[int, ...], mask: Tensor | None) -> Tensor:
         """The depthwise convolution of the values (B, *grid of keys, C), on the map itself."""
@@ -206,18 +203,9 @@ class AgentAttention(Mixer):
 
     def _grid(self, x: Tensor) -> tuple[int, ...]:
         """Size of the map in ``x``, without the tokens in front of it."""
-        if not self.prefix:
-            return tuple(x.shape[1:-1])
-        tokens = x.shape[1] - self.prefix
-        height, width = self.input_size
-        if tokens != height * width:
-            height = round(math.sqrt(max(tokens, 0) * height / width))
-        if tokens < 1 or height < 1 or tokens % height:
-            raise InputError(
-                f"attention 'agent': {x.shape[1]} tokens with a prefix of {self.prefix} are no map of the proportions "
-                f"of input_size={self.input_size}; give it {self.prefix} and H x W tokens of that shape."
-            )
-        return height, tokens // height
+        if self.prefix:
+            return grid_behind("agent", x.shape[1], self.prefix, self.input_size)
+        return tuple(x.shape[1:-1])
 
     def packed(self, x: Tensor, cu_seqlens: Tensor, shapes: Sequence[tuple[int, ...]] | None = None) -> Tensor:
         if len(self.input_size) > 1:

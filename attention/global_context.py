@@ -95,7 +95,8 @@ class _GatedConvolution(nn.Module):
             mean = y.mean((2, 3))
         else:
             y = y.masked_fill(~seen, 0)
-            mean = (y.float().sum((2, 3)) / seen.sum((2, 3)).clamp_min(1)).to(y.dtype)
+            wide = torch.promote_types(y.dtype, torch.float32)
+            mean = (y.sum((2, 3), dtype=wide) / seen.sum((2, 3)).clamp_min(1)).to(y.dtype)
         gate = torch.sigmoid(self.fc2(F.gelu(self.fc1(mean))))
         return x + self.conv_pw(y * gate[..., None, None])
 
