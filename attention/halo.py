@@ -133,7 +133,8 @@ class HaloLayer(nn.Module):
         q = F.pad(q, (0, 0, 0, 0, 0, blocks[1] * side - size[1], 0, blocks[0] * side - size[0]))
         positions = self._position_scores(q, side)
         q, k = hide_keys(q, F.pad(k, (0, 0, 0, 0, *around)), seen, self.scale)
-        q = torch.cat([q, positions.to(q.dtype)], -1)
+        spare = -(q.shape[-1] + positions.shape[-1]) % 8  # widths that fused operators take without a copy
+        q = torch.cat([q, F.pad(positions.to(q.dtype), (0, spare))], -1)
 
         def core(values: Tensor) -> Tensor:
             out = self._attend(q, k, F.pad(values, (0, 0, 0, 0, *around)), side)
@@ -172,17 +173,19 @@ class HaloLayer(nn.Module):
         return torch.cat(parts, 1)
 
     def _attend_rows(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Of queries (B, n, side, m, side, heads, D + 2 w) and windows (B, n, m, heads, D or E, w, w)."""
+        """Of queries (B, n, side, m, side, heads, at least D + 2 w) and windows (B, n, m, heads, D or E, w, w)."""
         batch, n, side, m, _, heads, _ = q.shape
         queries = q.permute(0, 1, 3, 5, 2, 4, 6).reshape(batch * n * m, heads, side * side, -1)
         keys, values = (t.flatten(5).mT.reshape(batch * n * m, heads, self.window**2, -1) for t in (k, v))
         # Channels that say in which row and column of its window a key is: they pick the query's score of that place.
         place = torch.eye(self.window, dtype=k.dtype, device=k.device)
         place = torch.cat([place.repeat_interleave(self.window, 0), place.repeat(self.window, 1)], -1)
+        place = F.pad(place, (0, queries.shape[-1] - keys.shape[-1] - place.shape[-1]))
         keys = torch.cat([keys, place.expand(*keys.shape[:2], -1, -1)], -1)
-        # Fused operators take values that are as wide as the keys.
+        # Fused operators take values as wide as the keys. On CPUs two products are faster where a gradient is needed.
         width = values.shape[-1]
-        values = F.pad(values, (0, max(keys.shape[-1] - width, 0)))
+        if values.is_cuda or not torch.is_grad_enabled():
+            values = F.pad(values, (0, max(keys.shape[-1] - width, 0)))
         out = F.scaled_dot_product_attention(queries, keys, values, scale=self.scale)[..., :width]
         out = out.reshape(batch, n, m, heads, side, side, -1).permute(0, 1, 4, 2, 5, 3, 6)
         return out.flatten(3, 4).flatten(1, 2)
