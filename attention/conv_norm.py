@@ -36,9 +36,19 @@ def conv_norm(x: Tensor, conv: nn.Conv2d, norm: BatchNorm, mask: Tensor | None =
 def pointwise_norm(x: Tensor, conv: nn.Conv1d, norm: nn.BatchNorm1d) -> Tensor:
     """``norm(conv(x))`` for (B, C, N) and a kernel of one tap."""
     if norm.training:
-        return norm(conv(x))
-    weight, bias = fold(conv, norm)
-    return F.conv1d(x, weight, bias, groups=conv.groups)
+        return norm(pointwise(x, conv.weight, conv.bias, conv.groups))
+    return pointwise(x, *fold(conv, norm), conv.groups)
+
+
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Tensor:
+    """Grouped convolution of (B, C, N) by a kernel of one tap; library convolutions go through groups one by one."""
+    if groups == 1:
+        return F.conv1d(x, weight, bias)
+    if groups == x.shape[1] == len(weight):
+        out = x * weight[:, 0]
+    else:
+        out = (weight[:, :, 0].unflatten(0, (groups, -1)) @ x.unflatten(1, (groups, -1))).flatten(1, 2)
+    return out if bias is None else out + bias[:, None]
 
 
 class BatchNorm(nn.BatchNorm2d):

@@ -1,7 +1,8 @@
 """Efficient local attention: a gate for each row and each column of a map, from one convolution along the axis.
 
 Source: Xu and Wan, ELA: Efficient Local Attention for Deep Convolutional Neural Networks, arXiv 2403.01123. The module
-that timm calls ``ela`` is another one. On volumes, of which the paper does not speak, there is a gate for each axis.
+that timm calls ``ela`` is another one, and a variant here. On volumes, of which the paper does not speak, there is a
+gate for each axis.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention.about import About
@@ -25,6 +27,8 @@ class _Variant:
     kernel_size: int
     channels_per_group: int  # of the convolution
     norm_groups: int
+    per_axis: bool = False  # a convolution and a norm for rows and others for columns
+    silu: bool = False  # before the sigmoid
 
 
 VARIANTS = {
@@ -32,6 +36,7 @@ VARIANTS = {
     "base": _Variant(7, 1, 16),
     "small": _Variant(5, 8, 16),
     "large": _Variant(7, 8, 16),
+    "timm": _Variant(7, 1, 1, per_axis=True, silu=True),
 }
 
 
@@ -42,10 +47,12 @@ class EfficientLocalAttention(Gate):
     Args:
         dim: channels C, a multiple of the variant's normalisation groups (32 for tiny, 16 otherwise) and, for small
             and large, of 8.
-        variant: ``"tiny"``, ``"base"``, ``"small"`` or ``"large"``, the paper's ELA-T, -B, -S and -L.
+        variant: ``"tiny"``, ``"base"``, ``"small"`` or ``"large"``, the paper's ELA-T, -B, -S and -L; or ``"timm"``,
+            the module of that library: rows and columns have a convolution and a norm each, normalised over all
+            channels together, and an activation comes before the gate. It takes images alone and any channels.
 
     Raises:
-        InputError: the variant is not known, or does not divide the channels.
+        InputError: the variant is not known, does not divide the channels, or does not take the map.
     """
 
     about = About("Xu and Wan, 2024, 2403.01123", "O(N)")
@@ -63,25 +70,44 @@ class EfficientLocalAttention(Gate):
                 f"attention 'ela': variant={variant} needs channels in multiples of {step} and this map has {dim}; "
                 f"variants that fit: {', '.join(fitting) or 'none'}."
             )
-        self.conv = nn.Conv1d(
-            dim,
-            dim,
+        self.silu = form.silu
+        self.conv, self.gn = self._layers(form)
+        self.conv_w: nn.Conv1d | None = None
+        self.gn_w: nn.GroupNorm | None = None
+        if form.per_axis:
+            self.conv_w, self.gn_w = self._layers(form)
+
+    def _layers(self, form: _Variant) -> tuple[nn.Conv1d, nn.GroupNorm]:
+        conv = nn.Conv1d(
+            self.dim,
+            self.dim,
             form.kernel_size,
             padding=form.kernel_size // 2,
-            groups=dim // form.channels_per_group,
+            groups=self.dim // form.channels_per_group,
             bias=False,
         )
-        self.gn = nn.GroupNorm(form.norm_groups, dim)
+        return conv, nn.GroupNorm(form.norm_groups, self.dim)
 
     def apply_gate(self, x: Tensor, signal: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.conv_w is not None and x.dim() != 4:
+            raise InputError(
+                f"attention 'ela': variant=timm has a convolution for rows and one for columns and takes images; got "
+                f"{tuple(x.shape)}."
+            )
         weights = torch.ones((), dtype=x.dtype, device=x.device)
         axes = range(2, x.dim())
         for axis in axes:
             others = [a for a in axes if a != axis]
-            profile = x.mean(others) if others else x
-            gate = torch.sigmoid(self.gn(self.conv(profile)))
+            gate = self._gate(x.mean(others) if others else x, axis)
             weights = weights * gate[(..., *(slice(None) if a == axis else None for a in axes))]
         return x * weights, weights
+
+    def _gate(self, profile: Tensor, axis: int) -> Tensor:
+        conv, gn = self.conv, self.gn
+        if axis == 3 and self.conv_w is not None and self.gn_w is not None:
+            conv, gn = self.conv_w, self.gn_w
+        normal = gn(conv(profile))
+        return torch.sigmoid(F.silu(normal) if self.silu else normal)
 
     def cost(self, shape: Sequence[int]) -> list[Part]:
         batch, *grid = shape
@@ -92,3 +118,13 @@ class EfficientLocalAttention(Gate):
             elementwise("convolution and gates", profiles, flops=2 * taps + 8),
             elementwise("product", batch * self.dim * math.prod(grid), flops=len(grid)),
         ]
+
+    @staticmethod
+    def checkpoint_filter(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The paper's state as it is, timm's with convolutions over one axis."""
+        called = {"conv_h": "conv", "norm_h": "gn", "norm_w": "gn_w"}
+        renamed = {}
+        for key, value in state.items():
+            layer, _, rest = key.partition(".")
+            renamed[f"{called.get(layer, layer)}.{rest}"] = value.flatten(2) if value.dim() > 3 else value
+        return renamed

@@ -119,7 +119,7 @@ class PolarizedAttention(Gate):
             layer, _, rest = key.partition(".")
             # The bias of the channel query shifts all logits of a softmax alike: it has no effect, and is not here.
             if key != "ch_wq.bias":
-                renamed[f"{_NAMES[layer]}.{rest}"] = value.flatten(1) if value.dim() > 3 else value.flatten()
+                renamed[f"{_NAMES.get(layer, layer)}.{rest}"] = value.flatten(1) if value.dim() > 3 else value.flatten()
         return renamed
 
 

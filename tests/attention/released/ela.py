@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attention.ela import EfficientLocalAttention
@@ -13,8 +14,12 @@ def released(module: EfficientLocalAttention) -> Callable[[Tensor], Tensor]:
         batch, channels, height, width = x.shape
         rows = torch.mean(x, dim=3, keepdim=True).view(batch, channels, height)
         columns = torch.mean(x, dim=2, keepdim=True).view(batch, channels, width)
-        rows = torch.sigmoid(module.gn(module.conv(rows))).view(batch, channels, height, 1)
-        columns = torch.sigmoid(module.gn(module.conv(columns))).view(batch, channels, 1, width)
+        rows = module.gn(module.conv(rows))
+        columns = (module.gn_w or module.gn)((module.conv_w or module.conv)(columns))
+        if module.silu:
+            rows, columns = F.silu(rows), F.silu(columns)
+        rows = torch.sigmoid(rows).view(batch, channels, height, 1)
+        columns = torch.sigmoid(columns).view(batch, channels, 1, width)
         return x * rows * columns
 
     return run
