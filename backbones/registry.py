@@ -13,7 +13,8 @@ from typing import Any
 import timm
 from torch import nn
 
-import backbones.architectures  # noqa: F401  (registers our models with timm)
+import backbones.architectures
+import backbones.dynamic_perceiver  # noqa: F401  (these register our models with timm)
 from kernels.errors import InputError
 
 HUB = "hf-hub:"
