@@ -121,7 +121,8 @@ def load_official(module: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     """
     rename = getattr(module, "checkpoint_filter", None)
     own = module.state_dict()
-    renamed = dict(state) if rename is None or own.keys() == state.keys() else rename(dict(state))
+    ours = own.keys() == state.keys() and all(own[key].shape == value.shape for key, value in state.items())
+    renamed = dict(state) if rename is None or ours else rename(dict(state))
     missing = sorted(own.keys() - renamed.keys())
     unexpected = sorted(renamed.keys() - own.keys())
     shapes = [

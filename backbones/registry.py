@@ -16,8 +16,7 @@ import timm
 from timm.models._features import FeatureGetterNet
 from torch import nn
 
-import backbones.architectures  # registers our models with timm
-import backbones.metaformer  # noqa: F401
+import backbones.ours  # noqa: F401  (registers our models with timm)
 from attention.registry import available as known
 from backbones import swap
 from backbones.choices import HostKind, kind_of, spoken

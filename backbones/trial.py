@@ -28,7 +28,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import attention
-import backbones.architectures  # noqa: F401  (registers the host with timm)
+import backbones.ours  # noqa: F401  (registers the host with timm)
 from attention.about import About
 from attention.mixer import Mixer
 from kernels.bench import write_json

@@ -1,0 +1,5 @@
+"""Our models: importing this file registers them with timm."""
+
+import backbones.architectures
+import backbones.dynamic_perceiver
+import backbones.metaformer  # noqa: F401
