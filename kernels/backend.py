@@ -37,6 +37,7 @@ OPERATORS = {
     "varlen_attention": "kernels.varlen_attention:plan",
     "linear_attention_2pass": "kernels.linear_attention:plan",
     "dynamic_conv": "kernels.dynamic_conv:plan",
+    "outlook": "kernels.dynamic_conv:plan_outlook",
     "group_attention": "kernels.group_attention:plan",
     "ms_deform_attn": "kernels.ms_deform_attn:plan",
 }

@@ -29,7 +29,16 @@ from kernels.errors import InputError
 from kernels.operators import autocast_to
 from kernels.windows import PerAxis
 
-__all__ = ["dynamic_conv", "neighborhood_av", "neighborhood_qk", "outlook", "plan", "plan_av", "plan_qk"]
+__all__ = [
+    "dynamic_conv",
+    "neighborhood_av",
+    "neighborhood_qk",
+    "outlook",
+    "plan",
+    "plan_av",
+    "plan_outlook",
+    "plan_qk",
+]
 
 LARGEST_HEAD = 256
 
@@ -278,9 +287,29 @@ def outlook(
     Raises:
         InputError: shapes do not fit, or a backend is forced that cannot serve.
     """
-    kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else (kernel_size[0], kernel_size[1])
-    margin = padding if padding is not None else (kernel[0] // 2, kernel[1] // 2)
-    margin = (margin, margin) if isinstance(margin, int) else margin
+    choice = plan_outlook(attn, value, kernel_size, stride=stride, padding=padding, backend=backend)
+    kernel, margin = _outlook_window(kernel_size, padding)
+    grid = (value.shape[2], value.shape[3])
+    if choice.backend == "reference":
+        attn, value = autocast_to(attn, value)
+        return outlook_reference(attn, value, kernel, stride, margin)
+    # Weights are summed in the dtype they come in, which under autocast is that of the softmax, float32.
+    weights, value = autocast_to(FoldWeights.apply(attn, grid, kernel, stride, margin), value)
+    window = taps(grid, (2 * kernel[0] - 1, 2 * kernel[1] - 1), 1, "zero")
+    return _weighted_sum(weights, value, window, True, choice.backend)
+
+
+def plan_outlook(
+    attn: Tensor,
+    value: Tensor,
+    kernel_size: int | tuple[int, int],
+    *,
+    stride: int = 1,
+    padding: int | tuple[int, int] | None = None,
+    backend: str = "auto",
+) -> Choice:
+    """Check the arguments of :func:`outlook` and say which implementation serves them."""
+    kernel, margin = _outlook_window(kernel_size, padding)
     if value.dim() != 5 or stride < 1:
         raise InputError(f"outlook takes value (B, H, height, width, D) and stride >= 1; got {tuple(value.shape)}.")
     grid = (value.shape[2], value.shape[3])
@@ -292,14 +321,16 @@ def outlook(
             f"{tuple(value.shape)}, kernel_size={kernel}, stride={stride}, padding={margin}; got {tuple(attn.shape)}."
         )
     _check_dtypes("outlook", attn, value)
-    choice = choose("outlook", backend, (attn, value), _refusal(value.shape[-1]))
-    if choice.backend == "reference":
-        attn, value = autocast_to(attn, value)
-        return outlook_reference(attn, value, kernel, stride, margin)
-    # Weights are summed in the dtype they come in, which under autocast is that of the softmax, float32.
-    weights, value = autocast_to(FoldWeights.apply(attn, grid, kernel, stride, margin), value)
-    window = taps(grid, (2 * kernel[0] - 1, 2 * kernel[1] - 1), 1, "zero")
-    return _weighted_sum(weights, value, window, True, choice.backend)
+    return choose("outlook", backend, (attn, value), _refusal(value.shape[-1]))
+
+
+def _outlook_window(
+    kernel_size: int | tuple[int, int], padding: int | tuple[int, int] | None
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Kernel and padding, one of each per axis."""
+    kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else (kernel_size[0], kernel_size[1])
+    margin = padding if padding is not None else (kernel[0] // 2, kernel[1] // 2)
+    return kernel, (margin, margin) if isinstance(margin, int) else margin
 
 
 # -------------------------------------------------------------------------------------------------------------- shared
