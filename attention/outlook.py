@@ -45,7 +45,7 @@ class OutlookAttention(Mixer):
         InputError: the kernel is even, or the stride not possible.
     """
 
-    about = About("Yuan et al. (VOLO), TPAMI 2022, 2106.13112", "O(N K^4)", "outlook", "Apache-2.0")
+    about = About("Yuan et al. (VOLO), TPAMI 2022, 2106.13112", "O(N K^4)", "dynamic_conv", "Apache-2.0")
     rows_sum_to_one = False
 
     def __init__(
