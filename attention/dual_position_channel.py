@@ -121,7 +121,7 @@ class DualAttention(Gate):
         InputError: a parameter is not possible.
     """
 
-    about = About("Fu et al. (DANet), CVPR 2019, 1809.02983; Bouget et al. (DAUNet), 2021", "O(N^2)", "sdpa", "MIT")
+    about = About("Fu et al. (DANet), CVPR 2019, 1809.02983; DAUNet, 2021", "O(N^2)", "sdpa", "BSD-2-Clause")
     grids = (1, 2, 3)
 
     def __init__(self, dim: int, reduction: int = 8, form: str = "danet") -> None:
