@@ -145,13 +145,11 @@ class AgentAttention(Mixer):
             return q, k, v, mask
         extend = [n for side in reversed(x.shape[1:-1]) for n in (0, -side % self.sr_ratio)]
         reduced = to_channels_last(self.sr(to_channels_first(F.pad(x, (0, 0, *extend)))))
-        seen = None
-        # With extended cells there is always something real in each, so that a mask is all that can empty one.
+        seen = None  # no cell lies beyond the map altogether: without a mask all of them are real
         if mask is not None:
-            cells = F.pad(mask, extend)
+            seen = F.pad(mask, extend)
             for axis in range(1, mask.dim()):
-                cells = cells.unflatten(axis, (-1, self.sr_ratio)).any(axis + 1)
-            seen = cells
+                seen = seen.unflatten(axis, (-1, self.sr_ratio)).any(axis + 1)
         q = split_heads(blank(self.q(x), mask), self.num_heads)
         k, v = split_heads(blank(self.kv(self.norm(reduced)), seen), 2 * self.num_heads).chunk(2, -2)
         return q, k, v, seen
@@ -186,9 +184,8 @@ class AgentAttention(Mixer):
         queries = to_channels_first(q.flatten(1, -3)[:, self.prefix :].flatten(-2).unflatten(1, grid))
         real = None if mask is None else mask.flatten(1)[:, self.prefix :].unflatten(1, grid)
         means, there = adaptive_mean(queries, real, self.agent_grid)
-        return means.flatten(2).unflatten(1, (self.num_heads, -1)).transpose(
-            2, 3
-        ), None if there is None else there.flatten(1)
+        agents = means.flatten(2).unflatten(1, (self.num_heads, -1)).transpose(2, 3)
+        return agents, None if there is None else there.flatten(1)
 
     def _local(self, v: Tensor, grid: tuple[int, ...], mask: Tensor | None) -> Tensor:
         """The depthwise convolution of the values (B, *grid of keys, C), on the map itself."""
@@ -208,7 +205,7 @@ class AgentAttention(Mixer):
         return tuple(x.shape[1:-1])
 
     def packed(self, x: Tensor, cu_seqlens: Tensor, shapes: Sequence[tuple[int, ...]] | None = None) -> Tensor:
-        if len(self.input_size) > 1:
+        if len(self.input_size) > 1 or (self.training and self.attn_drop):
             return super().packed(x, cu_seqlens, shapes)
         q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, -1))
         segments = len(cu_seqlens) - 1
