@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention.about import About
-from attention.agent_bias import AgentBias, attend_agents, resize
+from attention.agent_bias import AgentBias, attend_agents
 from attention.cost import Part, attend, depthwise, projection
 from attention.layout import heads_first, heads_last, split_heads, to_channels_first, to_channels_last, weights_of
 from attention.masked_mean import adaptive_mean
@@ -28,6 +28,7 @@ from attention.masking import blank
 from attention.mixer import Mixer
 from attention.prefix import grid_behind
 from attention.registry import register
+from attention.resizing import resize
 from kernels.errors import InputError
 from kernels.varlen_attention import varlen_attention
 
