@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention.about import About
-from attention.agent_bias import AgentBias, attend_agents, resize
+from attention.agent_bias import AgentBias, attend_agents
 from attention.cost import Part, attend, depthwise, projection
 from attention.layout import heads_first, heads_last, split_heads, to_channels_first, to_channels_last, weights_of
 from attention.masked_mean import adaptive_mean
@@ -28,6 +28,7 @@ from attention.masking import blank
 from attention.mixer import Mixer
 from attention.prefix import grid_behind
 from attention.registry import register
+from attention.resizing import resize
 from kernels.errors import InputError
 from kernels.varlen_attention import varlen_attention
 
@@ -145,13 +146,11 @@ class AgentAttention(Mixer):
             return q, k, v, mask
         extend = [n for side in reversed(x.shape[1:-1]) for n in (0, -side % self.sr_ratio)]
         reduced = to_channels_last(self.sr(to_channels_first(F.pad(x, (0, 0, *extend)))))
-        seen = None
-        # With extended cells there is always something real in each, so that a mask is all that can empty one.
+        seen = None  # no cell lies beyond the map altogether: without a mask all of them are real
         if mask is not None:
-            cells = F.pad(mask, extend)
+            seen = F.pad(mask, extend)
             for axis in range(1, mask.dim()):
-                cells = cells.unflatten(axis, (-1, self.sr_ratio)).any(axis + 1)
-            seen = cells
+                seen = seen.unflatten(axis, (-1, self.sr_ratio)).any(axis + 1)
         q = split_heads(blank(self.q(x), mask), self.num_heads)
         k, v = split_heads(blank(self.kv(self.norm(reduced)), seen), 2 * self.num_heads).chunk(2, -2)
         return q, k, v, seen
@@ -186,9 +185,8 @@ class AgentAttention(Mixer):
         queries = to_channels_first(q.flatten(1, -3)[:, self.prefix :].flatten(-2).unflatten(1, grid))
         real = None if mask is None else mask.flatten(1)[:, self.prefix :].unflatten(1, grid)
         means, there = adaptive_mean(queries, real, self.agent_grid)
-        return means.flatten(2).unflatten(1, (self.num_heads, -1)).transpose(
-            2, 3
-        ), None if there is None else there.flatten(1)
+        agents = means.flatten(2).unflatten(1, (self.num_heads, -1)).transpose(2, 3)
+        return agents, None if there is None else there.flatten(1)
 
     def _local(self, v: Tensor, grid: tuple[int, ...], mask: Tensor | None) -> Tensor:
         """The depthwise convolution of the values (B, *grid of keys, C), on the map itself."""
@@ -208,7 +206,7 @@ class AgentAttention(Mixer):
         return tuple(x.shape[1:-1])
 
     def packed(self, x: Tensor, cu_seqlens: Tensor, shapes: Sequence[tuple[int, ...]] | None = None) -> Tensor:
-        if len(self.input_size) > 1:
+        if len(self.input_size) > 1 or (self.training and self.attn_drop):
             return super().packed(x, cu_seqlens, shapes)
         q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, -1))
         segments = len(cu_seqlens) - 1

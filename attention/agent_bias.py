@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention.masking import key_mask
+from attention.resizing import resize
 
 COARSE = 7
 """Side of the tables that hold a bias for each place of a coarse map."""
-_MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 class AgentBias(nn.Module):
@@ -111,13 +111,6 @@ def attend_agents(
     gathered = F.scaled_dot_product_attention(agents, k, v, attn_mask=hidden, scale=scale, dropout_p=dropout)
     hidden = _hide(from_agents, agent_seen, q.dtype)
     return F.scaled_dot_product_attention(q, agents, gathered, attn_mask=hidden, scale=scale, dropout_p=dropout)
-
-
-def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """``x`` (B, C, *grid) resized linearly to ``size``, corners not aligned."""
-    if tuple(x.shape[2:]) == tuple(size):
-        return x
-    return F.interpolate(x, tuple(size), mode=_MODES[len(size)], align_corners=False)
 
 
 def _hide(bias: Tensor | None, seen: Tensor | None, dtype: torch.dtype) -> Tensor | None:

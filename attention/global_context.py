@@ -98,7 +98,8 @@ class _GatedConvolution(nn.Module):
             wide = torch.promote_types(y.dtype, torch.float32)
             mean = (y.sum((2, 3), dtype=wide) / seen.sum((2, 3)).clamp_min(1)).to(y.dtype)
         gate = torch.sigmoid(self.fc2(F.gelu(self.fc1(mean))))
-        return x + self.conv_pw(y * gate[..., None, None])
+        mixed = F.linear(to_channels_last(y * gate[..., None, None]), self.conv_pw.weight.flatten(1))
+        return x + to_channels_first(mixed)
 
 
 @register("global_context", kind="mixer")

@@ -204,7 +204,7 @@ class MixtureOfHeadAttention(Mixer):
         """(B, H, W, heads, D): the neighbours of each token and the cells of a pooled map, under one softmax."""
         grid = tuple(x.shape[1:-1])
         cells = [max(side // self.sr_ratio, 1) for side in grid]
-        reduced = blank(to_channels_last(F.gelu(self.sr(to_channels_first(x)))), mask)
+        reduced = blank(F.gelu(F.linear(x, self.sr.weight.flatten(1), self.sr.bias)), mask)
         pooled, seen = adaptive_mean(to_channels_first(reduced), mask, cells)
         pooled = blank(self.kv(self.norm(to_channels_last(pooled))), seen)
         far_k, far_v = split_heads(pooled, 2 * self.num_heads).chunk(2, -2)

@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention.about import About
-from attention.agent_bias import resize
 from attention.cost import Part, attend, projection
 from attention.layout import heads_first, heads_last, split_qkv, weights_of
 from attention.masking import blank, key_mask
 from attention.mixer import Mixer
 from attention.prefix import grid_behind
 from attention.registry import register
+from attention.resizing import resize
 from kernels.errors import InputError
 
 

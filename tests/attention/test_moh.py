@@ -143,6 +143,8 @@ def test_the_aggregated_form_has_right_gradients_compiles_and_takes_half_precisi
     x = torch.randn(2, 5, 6, 16)
     compiled_agrees(module, x)
     full = module(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (module(x).float() - full).abs().max() < 0.05 * full.abs().max()
     low = module.bfloat16()(x.bfloat16())
     assert (low.float() - full).abs().max() < 0.05 * full.abs().max()
     assert gradients_are_right(module, x)
