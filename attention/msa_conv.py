@@ -3,8 +3,8 @@
 Source: Zhang et al., TiC: Exploring Vision Transformer in Convolution, arXiv 2310.04134; only this operator of it was
 released. Every token attends to the K x K (dilated) window centred on it; places beyond the map stay in the softmax
 with score 0 and value 0, so that weights sum to less than 1 near a border. The input is added, and an ordinary K x K
-convolution, not dilated, and ReLU follow. The release has one head over all channels, whatever its name. A masked token is
-to its neighbours what a place beyond the map is.
+convolution, not dilated, and ReLU follow. The release has one head over all channels, whatever its name. A masked
+token is to its neighbours what a place beyond the map is.
 """
 
 from __future__ import annotations

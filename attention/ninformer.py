@@ -1,7 +1,7 @@
 """NiNformer's gating unit: an MLP-Mixer within the block says how much of each projected entry passes.
 
-Source: Abdullah and Aydin, NiNformer: A Network in Network Transformer with Token Mixing Generated Gating Function, arXiv
-2403.02411:
+Source: Abdullah and Aydin, NiNformer: A Network in Network Transformer with Token Mixing Generated Gating Function,
+arXiv 2403.02411:
 
     y = linear(u) * Mixer(u),    Mixer = u + tokens(LN u), then + channels(LN .),
 
