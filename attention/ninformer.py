@@ -1,7 +1,7 @@
 """NiNformer's gating unit: an MLP-Mixer within the block says how much of each projected entry passes.
 
-Source: Abdullah et al., NiNformer: A Network in Network Transformer with Token Mixing Generated Gating Function, arXiv
-2403.02411:
+Source: Abdullah and Aydin, NiNformer: A Network in Network Transformer with Token Mixing Generated Gating Function,
+arXiv 2403.02411:
 
     y = linear(u) * Mixer(u),    Mixer = u + tokens(LN u), then + channels(LN .),
 
@@ -31,7 +31,7 @@ _MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 @register("ninformer", kind="mixer")
 class NiNformerGating(Mixer):
-    """Gating unit of NiNformer: a projection times an MLP-Mixer of the same tokens (Abdullah et al. 2024).
+    """Gating unit of NiNformer: a projection times an MLP-Mixer of the same tokens (Abdullah and Aydin 2024).
 
     It expects normalised tokens, as every mixer in a block does. A masked token adds nothing to the sums over tokens.
 
@@ -46,7 +46,7 @@ class NiNformerGating(Mixer):
         InputError: a size is not possible.
     """
 
-    about = About("Abdullah et al. (NiNformer), 2024, 2403.02411", "O(N)", "", "BSD-3-Clause")
+    about = About("Abdullah and Aydin (NiNformer), 2024, 2403.02411", "O(N)", "", "BSD-3-Clause")
     grids = (1, 2, 3)
     has_weights = False
 
