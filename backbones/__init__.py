@@ -47,7 +47,8 @@ def create(
         attention: a registered module, by its name, by a dotted path, by a mapping of ``name`` and parameters, or by a
             list of these with one entry per stage, where None leaves the stage as it is. A mixer takes the place of a
             transformer's own attention, a gate follows each stage of a convolutional pyramid; weights of everything
-            else are kept, and feature maps are NCHW. See :mod:`backbones.swap` for the families.
+            else are kept, and feature maps are NCHW. See :mod:`backbones.swap` for the families. Of our own backbones
+            that take both, a gate beside a mixer is given as ``gate``.
         params: passed on to the model; ``img_size`` is also what tables of a mixer that depend on it are built for, and
             is of no account for networks that take any size.
 

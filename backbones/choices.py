@@ -47,11 +47,8 @@ class Choice:
         for_block = getattr(self.cls, "for_block", None)
         if for_block is not None:
             params = for_block(params, index)
-        if ":" in self.name or any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
-            unknown = []
-        else:
-            unknown = [n for n in self.params if n not in accepted]
-        if unknown:  # the registry has the sentence for it
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+        if not open_ended and self.params.keys() - accepted.keys():  # the registry has the sentence for it
             return registry.create(self.name, kind=getattr(self.cls, "kind", None), dim=dim, **self.params)
         return self.cls(dim=dim, **params)
 
@@ -90,22 +87,21 @@ def per_stage(entry: Any, stages: int, kind: HostKind, what: str) -> list[Choice
     return [None if item is None else choose(item, (kind,)) for item in entry]
 
 
-def kind_of(entry: Any) -> HostKind:
-    """Whether ``entry`` names mixers or gates; a list must be of one kind.
+def kinds_of(entry: Any) -> list[HostKind]:
+    """Which of mixer and gate ``entry`` can be, all of a list together; a name may exist as both.
 
     Raises:
-        InputError: neither, or both.
+        InputError: neither, or the entries of a list have no kind in common.
     """
     entries = [item for item in entry if item is not None] if is_list(entry) else [entry]
     if not entries:
         raise InputError("attention is a list without a single name; give one entry per stage.")
-    kinds: list[HostKind] = [
-        next(kind for kind in HOST_KINDS if kind in registry.kinds_of(choose(item).name)) for item in entries
-    ]
-    if len(set(kinds)) > 1:
-        names = ", ".join(f"{spoken(item)} ({kind})" for item, kind in zip(entries, kinds, strict=True))
+    found = [[kind for kind in HOST_KINDS if kind in registry.kinds_of(choose(item).name)] for item in entries]
+    common = [kind for kind in HOST_KINDS if all(kind in kinds for kinds in found)]
+    if not common:
+        names = ", ".join(f"{spoken(item)} ({' and '.join(k)})" for item, k in zip(entries, found, strict=True))
         raise InputError(f"attention mixes kinds in one list: {names}; give mixers or gates alone.")
-    return kinds[0]
+    return common
 
 
 def is_list(entry: Any) -> bool:

@@ -19,7 +19,7 @@ from torch import nn
 import backbones.ours  # noqa: F401  (registers our models with timm)
 from attention.registry import available as known
 from backbones import swap
-from backbones.choices import HostKind, kind_of, spoken
+from backbones.choices import HostKind, kinds_of, spoken
 from kernels.errors import InputError
 
 _log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def create(
     change: Change | None = None
     if attention is not None:
         accepted = parameters_of(model_name)
-        if "gate" in accepted and kind_of(attention) == "gate":
+        if "gate" in accepted and kinds_of(attention) == ["gate"]:
             if params.get("gate") is not None:
                 raise InputError(
                     f"backbone '{name}' is given gates twice, attention={spoken(attention)} and "
@@ -65,7 +65,7 @@ def create(
         elif "attention" in accepted:
             params["attention"] = attention
         else:
-            change = partial(_change, name, attention, kind_of(attention), params.get("img_size"))
+            change = partial(_change, name, attention, kinds_of(attention), params.get("img_size"))
     if change is not None and features_only:
         # timm calls this when the weights are loaded, and would wrap the unchanged model.
         params["feature_cls"] = partial(_features, change)
@@ -104,10 +104,12 @@ def _build(model_name: str, pretrained: bool, params: dict[str, Any]) -> nn.Modu
         return timm.create_model(model_name, pretrained=pretrained, **others)
 
 
-def _change(name: str, attention: Any, kind: HostKind, img_size: Any, model: nn.Module) -> None:
+def _change(name: str, attention: Any, kinds: Sequence[HostKind], img_size: Any, model: nn.Module) -> None:
     """Put mixers or gates into ``model``, or say what would fit."""
     takes = swap.takes(model)
-    if kind not in takes:
+    kind = next((kind for kind in kinds if kind in takes), None)
+    if kind is None:
+        kind = kinds[0]
         fits = [f"it takes {other}s: {', '.join(known(other))}" for other in takes]
         families = {"mixer": swap.FAMILIES, "gate": swap.GATED_FAMILIES}[kind]
         where = {"mixer": "token mixer that can be replaced", "gate": "stages that gates can follow"}[kind]

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from timm.models import convnext, efficientnet, mobilenetv3, regnet, resnet
+from timm.models._features import FeatureDictNet, FeatureGetterNet, FeatureHookNet
 from torch import nn
 
 from backbones import families
@@ -66,6 +67,7 @@ def replace_attention(model: nn.Module, attention: Any, *, img_size: int | Seque
     Raises:
         InputError: the model has no place for a mixer, the choice is no mixer, or the list has another length.
     """
+    model = _unwrapped(model)
     stages = families.stages_of(model)
     if not stages:
         raise families.refuse(model)
@@ -73,20 +75,17 @@ def replace_attention(model: nn.Module, attention: Any, *, img_size: int | Seque
     height, width = _image_size(model, img_size)
 
     def change() -> int:
-        count = 0
+        mixers = []
         for stage, choice in zip(stages, choices, strict=True):
-            if choice is None:
-                continue
             grid = (-(-height // stage.stride), -(-width // stage.stride))
-            mixers = [
-                choice.build(place.dim, index, num_heads=place.num_heads, input_size=grid)
-                for index, place in enumerate(stage.places)
-            ]
-            for place, mixer in zip(stage.places, mixers, strict=True):
-                place.install(mixer)
-            count += len(mixers)
+            for index, place in enumerate(stage.places if choice is not None else ()):
+                assert choice is not None
+                mixers.append((place, choice.build(place.dim, index, num_heads=place.num_heads, input_size=grid)))
+        # All are built before the first is installed, so that a choice that is refused leaves the model as it was.
+        for place, mixer in mixers:
+            place.install(mixer)
         families.forget_positions(model)
-        return count
+        return len(mixers)
 
     return _counted(model, change)
 
@@ -97,12 +96,13 @@ def add_gates(model: nn.Module, gate: Any) -> Change:
     It becomes the last child of the stage, ``gate``, so that the names of all other parameters stay what they are.
 
     Args:
-        model: of one of the families of :data:`GATED_FAMILIES`, not yet wrapped for its features.
+        model: of one of the families of :data:`GATED_FAMILIES`.
         gate: a choice of :mod:`backbones.choices`, or a list with one per stage, where None adds none.
 
     Raises:
         InputError: the model is no such pyramid, the choice is no gate, or the list has another length.
     """
+    model = _unwrapped(model)
     stages = gated_stages(model)
     if not stages:
         raise InputError(
@@ -143,6 +143,18 @@ def gated_stages(model: nn.Module) -> list[tuple[nn.Module, int]]:
         if isinstance(module, nn.Sequential | regnet.RegStage) and any(True for _ in module.children()):
             stages.append((module, info["num_chs"]))
     return [(module, dim) for module, dim in stages if module is not getattr(model, "stem", None)]
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside timm's wrapper for feature maps, of the kind that keeps it whole."""
+    if isinstance(model, FeatureGetterNet):
+        return model.model
+    if isinstance(model, FeatureDictNet | FeatureHookNet):
+        raise InputError(
+            "this network has been taken apart for its feature maps; change it before that, which "
+            "backbones.create(NAME, features_only=True, attention=...) does."
+        )
+    return model
 
 
 def _counted(model: nn.Module, change: Callable[[], int]) -> Change:

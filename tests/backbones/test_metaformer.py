@@ -11,6 +11,7 @@ import torch
 from timm.optim._param_groups import group_parameters
 from torch import Tensor, nn
 
+import attention
 import backbones
 from attention.mixer import Mixer
 from backbones.blocks import MixerBlock
@@ -139,8 +140,11 @@ def test_every_mixer_trains_in_every_stage(name: str) -> None:
 
 @pytest.mark.parametrize("name", of_maps("gate"))
 def test_every_gate_follows_every_stage(name: str) -> None:
-    model = backbones.create("metaformer_tiny", attention=name, **HOST)
+    model = backbones.create("metaformer_tiny", gate=name, **HOST)
     assert {stage.gate.name for stage in model.stages} == {name}
+    alike = backbones.create("metaformer_tiny", attention=name, **HOST)
+    if "mixer" not in attention.kinds_of(name):  # where a name is both, attention= is the mixer
+        assert alike.state_dict().keys() == model.state_dict().keys()
     gradients = steps(model, images(45, 38))
     assert gradients and all(g.isfinite().all() for g in gradients.values())
 
@@ -229,6 +233,20 @@ def test_what_is_impossible_is_said_in_one_sentence(params: dict[str, Any], said
 
 def blocks(model: Any) -> list[Any]:
     return [block for stage in model.stages for block in stage.blocks]
+
+
+def test_it_encodes_tiles() -> None:
+    params = HOST | {"num_classes": 0, "attention": "ela", "img_size": 64}
+    encoder = backbones.create_encoder("metaformer_tiny", params=params)
+    features = encoder(torch.randint(0, 255, (3, 3, 80, 80), dtype=torch.uint8))
+    assert features.shape == (3, 64) and features.isfinite().all() and features.std(0).min() > 0
+
+
+def test_device_and_dtype_pass_through() -> None:
+    model = timm.create_model("metaformer_tiny", device="cpu", dtype=torch.float64, **HOST)
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    model.reset_classifier(3)
+    assert model(images().double()).dtype == torch.float64
 
 
 def test_timm_builds_it_by_name_too() -> None:

@@ -203,9 +203,7 @@ def test_pretrained_weights_are_loaded_before_the_swap(tmp_path: Any) -> None:
     params = VIT | {"pretrained_cfg_overlay": overlay}
     model = backbones.create("vit_tiny_patch16_224", True, attention="softmax", **params)
     assert torch.equal(model.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)
-    features = backbones.create(
-        "vit_tiny_patch16_224", features_only=True, out_indices=[0, 1], attention="softmax", **params
-    )
+    features = backbones.create("vit_tiny_patch16_224", True, True, [0, 1], attention="softmax", **params)
     assert torch.equal(features.model.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)
 
 
@@ -282,6 +280,29 @@ def test_the_functions_themselves_refuse_too() -> None:
         backbones.add_gates(make("vit_tiny_patch16_224"), "ela")
     with pytest.raises(InputError, match=r"img_size=\(1, 2, 3\)"):
         backbones.replace_attention(make("vit_tiny_patch16_224"), "window", img_size=(1, 2, 3))
+
+
+def test_a_network_wrapped_for_its_features_is_changed_inside_or_refused() -> None:
+    getter = timm.create_model("vit_tiny_patch16_224", features_only=True, out_indices=(0, 1), **VIT)
+    assert backbones.replace_attention(getter, "window").modules == 2 == len(mixers(getter))
+    apart = timm.create_model("resnet10t", features_only=True)
+    with pytest.raises(InputError, match="taken apart for its feature maps"):
+        backbones.add_gates(apart, "ela")
+
+
+def test_a_refused_choice_leaves_the_network_as_it_was() -> None:
+    model = make("swin_tiny_patch4_window7_224")
+    keys = list(model.state_dict())
+    with pytest.raises(InputError, match="window_size"):
+        backbones.replace_attention(model, ["softmax", {"name": "window", "window_size": 0}])
+    assert list(model.state_dict()) == keys
+
+
+def test_half_precision_models_stay_so() -> None:
+    model = make("vit_tiny_patch16_224").to(torch.bfloat16)
+    backbones.replace_attention(model, "softmax")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model(image(model).to(torch.bfloat16)).dtype == torch.bfloat16
 
 
 def test_tables_are_built_for_the_image_and_a_network_of_any_size_takes_img_size() -> None:
