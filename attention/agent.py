@@ -63,7 +63,7 @@ class AgentAttention(Mixer):
     """
 
     about = About("Han et al., ECCV 2024, 2312.08874", "O(N n)", "sdpa")
-    grids = (1, 2, 3)
+    grids: tuple[int, ...] = (1, 2, 3)
 
     def __init__(
         self,
@@ -96,8 +96,8 @@ class AgentAttention(Mixer):
                 f"attention 'agent': agent_grid={used} must have {axes} sides, each at least 1, and is not for "
                 "sequences, whose agents are learned."
             )
-        self.grids = (1,) if prefix else (axes,)  # type: ignore[misc, assignment]
-        self.has_weights = sr_ratio == 1  # type: ignore[misc]
+        self.grids = (1,) if prefix else (axes,)
+        self.has_weights = sr_ratio == 1
         self.input_size = size
         self.agent_grid = used
         self.prefix = prefix

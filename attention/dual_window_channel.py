@@ -119,7 +119,7 @@ class DualWindowChannelAttention(Mixer):
     """
 
     about = _ABOUT
-    grids: tuple[int, ...] = (2,)  # type: ignore[misc]  # of the instance where channels alone attend
+    grids: tuple[int, ...] = (2,)
     has_weights = False
 
     def __init__(

@@ -57,7 +57,7 @@ class InLineAttention(Mixer):
     """
 
     about = About("Han et al. (InLine), NeurIPS 2024, 2412.06590", "O(N)", "linear_attention_2pass")
-    grids: tuple[int, ...] = (1, 2, 3)  # type: ignore[misc]  # of the instance where there are prefix tokens
+    grids: tuple[int, ...] = (1, 2, 3)
 
     def __init__(
         self,

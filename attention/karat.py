@@ -82,7 +82,7 @@ class KolmogorovArnoldAttention(Mixer):
     """
 
     about = About("Maity et al., 2025, 2503.10632", "O(N^2 r G)")
-    grids = (1, 2, 3)
+    grids: tuple[int, ...] = (1, 2, 3)
     rows_sum_to_one = False
 
     def __init__(
@@ -103,8 +103,8 @@ class KolmogorovArnoldAttention(Mixer):
                 f"attention 'karat': input_size={size} must be one to three sizes, and these, rank={rank} and "
                 f"harmonics={harmonics} at least 1."
             )
-        self.grids = (len(size),)  # type: ignore[misc, assignment]
-        self.rows_sum_to_one = simplex  # type: ignore[misc]
+        self.grids = (len(size),)
+        self.rows_sum_to_one = simplex
         self.simplex = simplex
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.operators = FourierOperators(num_heads, size, rank, harmonics)

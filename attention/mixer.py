@@ -20,17 +20,18 @@ class Mixer(nn.Module):
     """Base of the mixers: token maps (B, *grid, C) in and out, of any size at least 1 on each axis.
 
     A subclass sets ``about`` and ``grids``, and implements :meth:`mix` and :meth:`cost`; :meth:`weights` where it has
-    weights between tokens. Its constructor takes ``dim`` and ``num_heads`` first. Tables that depend on the size of the
-    map are built for an ``input_size`` and resized to others.
+    weights between tokens. An instance may narrow ``grids``, ``rows_sum_to_one`` and ``has_weights``. Its constructor
+    takes ``dim`` and ``num_heads`` first. Tables that depend on the size of the map are built for an ``input_size`` and
+    resized to others.
     """
 
     name: ClassVar[str] = ""  # set by the registry
     about: ClassVar[About]
-    grids: ClassVar[tuple[int, ...]] = (2,)
+    grids: tuple[int, ...] = (2,)
     """How many axes a grid may have: 1 for sequences, 2 for images, 3 for volumes."""
-    rows_sum_to_one: ClassVar[bool] = True
+    rows_sum_to_one: bool = True
     """Whether a token's weights sum to 1, everywhere and whatever the parameters."""
-    has_weights: ClassVar[bool] = True
+    has_weights: bool = True
     takes_half: ClassVar[bool] = True
     """Whether bfloat16 and float16 are accepted."""
     takes_choices: ClassVar[bool] = False

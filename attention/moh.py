@@ -67,7 +67,7 @@ class MixtureOfHeadAttention(Mixer):
     """
 
     about = About("Jin et al., 2024, 2410.11842", "O(N^2)", "sdpa", "Apache-2.0")
-    grids = (1, 2, 3)
+    grids: tuple[int, ...] = (1, 2, 3)
     takes_choices = True
 
     def __init__(
@@ -106,8 +106,8 @@ class MixtureOfHeadAttention(Mixer):
                 f"attention 'moh': window_size={window_size} must be odd and positive, and sr_ratio={sr_ratio} at "
                 "least 1."
             )
-        self.grids = (axes,)  # type: ignore[misc, assignment]
-        self.has_weights = form == "full"  # type: ignore[misc]
+        self.grids = (axes,)
+        self.has_weights = form == "full"
         self.input_size = size
         self.form = form
         self.shared_heads, self.routed_heads = shared, routed

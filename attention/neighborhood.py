@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +59,7 @@ class NeighborhoodAttention(Mixer):
     """
 
     about = About("Hassani et al. (NAT), CVPR 2023, 2204.07143", "O(N P)", "neighborhood_attention", "MIT")
-    grids: ClassVar[tuple[int, ...]] = (1, 2, 3)
+    grids: tuple[int, ...] = (1, 2, 3)
     rows_sum_to_one = False  # zeros behind a small map take weight
 
     def __init__(
@@ -81,7 +81,7 @@ class NeighborhoodAttention(Mixer):
             raise InputError(f"attention 'neighborhood': axes={axes} must be 1, 2 or 3.")
         if small_maps not in SMALL_MAPS:
             raise unknown_name("attention 'neighborhood': small_maps", small_maps, SMALL_MAPS)
-        self.grids = (axes,)  # type: ignore[misc]  # of this one: its bias has as many axes
+        self.grids = (axes,)
         self.kernel_size = _per_axis("kernel_size", kernel_size, axes, 2)
         self.dilation = _per_axis("dilation", dilation, axes, 1)
         self.stride = _per_axis("stride", stride, axes, 1)

@@ -132,7 +132,7 @@ class SparsifinerAttention(Mixer):
     """
 
     about = About("Wei et al., CVPR 2023, 2303.13755", "O(N^2)", "sdpa", "MIT")
-    grids = (1, 2, 3)
+    grids: tuple[int, ...] = (1, 2, 3)
     takes_choices = True
 
     def __init__(
@@ -163,7 +163,7 @@ class SparsifinerAttention(Mixer):
                 f"attention 'sparsifiner': token_reduction={token_reduction}, channel_reduction={channel_reduction} "
                 f"and coefficients={coefficients} must be at least 1, and threshold={threshold} at least 0."
             )
-        self.grids = (1,) if prefix else (len(size),)  # type: ignore[misc, assignment]
+        self.grids = (1,) if prefix else (len(size),)
         self.input_size = size
         self.keep_rate = keep_rate
         self.prefix = prefix
