@@ -35,15 +35,30 @@ def create(
     features_only: bool = False,
     out_indices: Sequence[int] | None = None,
     attention: str | type[nn.Module] | Mapping[str, Any] | Sequence[Any] | None = None,
+    *,
+    out_strides: Sequence[int] | None = None,
+    level_norms: bool = False,
+    frozen_stages: int = -1,
+    norm_eval: bool = False,
+    checkpoint: str | Path | None = None,
+    lora: str | Mapping[str, Any] | None = None,
     **params: Any,
 ) -> nn.Module:
     """Build the backbone called ``name`` as a timm model, with weights from the model hub only when ``pretrained``.
+
+    With ``features_only`` it is a :class:`backbones.pyramid.Pyramid`, whatever the network: images (B, C, H, W) of any
+    H, W >= 32 to a list of contiguous maps (B, channels, ceil(H / stride), ceil(W / stride)), finest first.
 
     Args:
         name: a name of :func:`available`, with or without a timm tag (``resnet18``, ``resnet18.a1_in1k``), the same
             behind ``timm:``, a model hub id behind ``hf-hub:``, or a dotted path ``package.module:Class``.
         features_only: return a module that gives the list of feature maps instead of logits.
-        out_indices: which feature maps, counted from the finest.
+        out_indices: which feature maps, counted from the finest; timm's choice when left out.
+        out_strides: instead, their strides, such as (4, 8, 16, 32); 2 is added by a small stem where there is none.
+        level_norms, frozen_stages, norm_eval: of feature maps; see :class:`backbones.pyramid.Pyramid`.
+        checkpoint: a weights file (safetensors or PyTorch), or a folder that holds one: timm's, the authors' or one of
+            this project; see :class:`backbones.checkpoints.Weights`. Instead of ``pretrained``.
+        lora: train low-rank adapters of some linear layers and nothing else; see :func:`backbones.lora.add_lora`.
         attention: a registered module, by its name, by a dotted path, by a mapping of ``name`` and parameters, or by a
             list of these with one entry per stage, where None leaves the stage as it is. A mixer takes the place of a
             transformer's own attention, a gate follows each stage of a convolutional pyramid; weights of everything
@@ -53,12 +68,25 @@ def create(
             is of no account for networks that take any size.
 
     Raises:
-        InputError: the name is unknown, a parameter is not taken, the backbone has no place for the attention, or the
-            weights cannot be had.
+        InputError: the name is unknown, a parameter is not taken, the backbone has no place for the attention or no
+            such map or stage, or the weights cannot be had or are of another model.
     """
     from backbones import registry
 
-    return registry.create(name, pretrained, features_only, out_indices, attention, **params)
+    return registry.create(
+        name,
+        pretrained,
+        features_only,
+        out_indices,
+        attention,
+        out_strides=out_strides,
+        level_norms=level_norms,
+        frozen_stages=frozen_stages,
+        norm_eval=norm_eval,
+        checkpoint=checkpoint,
+        lora=lora,
+        **params,
+    )
 
 
 def replace_attention(model: nn.Module, attention: Any, *, img_size: int | Sequence[int] | None = None) -> Change:

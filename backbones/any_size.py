@@ -7,12 +7,12 @@
 | ViT, DeiT, EVA, hybrid ViT | ``dynamic_img_size``: position embeddings are resampled; zeros up to the patch |
 | Swin, Swin V2 (both) | ``strict_img_size=False``: masks follow the image; zeros up to the patch of 4 |
 | MaxViT | maps are padded to windows and grids inside each block |
-| GC ViT | windows are padded inside each block, the global query is resized to the window, as its dense version has it |
+| GC ViT | as in its dense version: windows are padded inside each block, the global query is resized to the window |
 | HaloNet | maps are padded to blocks inside each attention |
 | VOLO | the position embedding is resampled for each image; zeros up to 16 |
 | CrossViT | both grids grow with the image at the scale they were built for; position embeddings are resampled |
 | Inception and others without padding at borders | maps are resized to ceil(size / stride) |
-| every other network of one size (BEiT, CaiT, CoAtNet, MLP-Mixer, ...) | the image is resized to that size, the maps back |
+| other networks of one size (BEiT, CaiT, CoAtNet, MLP-Mixer, ...) | the image is resized to that size, the maps back |
 
 What is padded inside a block is padded after the norm and before the projection; it is attended to, as in the
 published dense versions of Swin, DaViT and GC ViT. Images of the size a network is built for give timm's numbers.
@@ -134,7 +134,8 @@ def measure(run: Any, model: nn.Module, strides: Sequence[Stride], in_chans: int
     sample = next(model.parameters())
     if isinstance(model, VisionTransformer | Eva) and getattr(model, "dynamic_img_size", False):
         patch: Any = model.patch_embed.patch_size
-        return Sizing(math.lcm(*map(int, patch)))
+        if math.lcm(*map(int, patch)) == strides[0]:  # true of all but those behind a convolutional network
+            return Sizing(int(strides[0]))
 
     def shapes(height: int, width: int) -> list[tuple[int, ...]] | None:
         try:
@@ -258,7 +259,8 @@ class PaddedGlobalContextBlock(GlobalContextVitBlock):
 
     def _window_attn(self, x: Tensor, q_global: Tensor | None = None) -> Tensor:
         height, width = x.shape[1:3]
-        window = (int(self.window_size[0]), int(self.window_size[1]))
+        size: Any = self.window_size
+        window = (int(size[0]), int(size[1]))
         if q_global is not None and self.attn.use_global and tuple(q_global.shape[1:3]) != window:
             query = F.interpolate(q_global.permute(0, 3, 1, 2), window, mode="bicubic", align_corners=False)
             q_global = query.permute(0, 2, 3, 1)
@@ -275,7 +277,9 @@ class AnySizeCrossVit(CrossVit):
     """
 
     def _grid(self, branch: int, size: Sequence[int]) -> list[int]:
-        return [-(-n * built // own) for n, built, own in zip(size, _built_grid(self, branch), self.img_size, strict=True)]
+        return [
+            -(-n * built // own) for n, built, own in zip(size, _built_grid(self, branch), self.img_size, strict=True)
+        ]
 
     def _embed(self, x: Tensor) -> list[Tensor]:
         size = x.shape[-2:]

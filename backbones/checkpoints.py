@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models._features import FeatureDictNet, FeatureGetterNet
 from torch import Tensor, nn
 
+from backbones.freezing import is_level_norm
+from backbones.official_names import to_timm
 from backbones.pathology import ENCODERS, PathologyEncoder
+from backbones.positions import resample
+from backbones.pyramid import Pyramid
 from kernels.errors import InputError
 
 State = dict[str, Tensor]
@@ -20,6 +27,10 @@ _SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
 _USUAL_NAMES = ("model.safetensors", "pytorch_model.bin")
 # Names under which training codes nest the weights, the averaged ones first as timm does.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+# Where a backbone lies in a pyramid of ours, and in detectors and segmenters.
+_PARTS = ("pyramid.", "backbone.", "body.model.")
+_LEVEL_NORM = re.compile(r"^(?:norm|extra_norms?\.)(\d)\.")
+_TOLD = 10
 
 
 def find_file(path: str | Path) -> Path:
@@ -86,10 +97,10 @@ def load(model: nn.Module, state: Mapping[str, Tensor], name: str, source: str) 
         InputError: parameters are missing, left over, or of another shape; the message names ``name`` and ``source``.
     """
     target, is_part = _inner_model(model)
-    renamed = _rename(target, dict(state), name)
+    renamed = converted(target, dict(state), name)
     own = target.state_dict()
     shapes = [
-        f"{key} {tuple(renamed[key].shape)} instead of {tuple(own[key].shape)}"
+        _spoken_shape(key, renamed[key], own[key])
         for key in sorted(own.keys() & renamed.keys())
         if renamed[key].shape != own[key].shape
     ]
@@ -98,13 +109,101 @@ def load(model: nn.Module, state: Mapping[str, Tensor], name: str, source: str) 
         # PyTorch supplies the counters that old files of batch normalisation lack, so its own answer is asked.
         result = target.load_state_dict(renamed, strict=False)
         faults = [("missing", result.missing_keys), ("unexpected", [] if is_part else result.unexpected_keys)]
+    _refuse(faults, name, source)
+
+
+def _refuse(faults: Sequence[tuple[str, Sequence[str]]], name: str, source: str) -> None:
+    """All that does not fit in one message; nothing when all does."""
     told = [
-        f"{label}: {', '.join(keys[:3])}" + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+        f"{label}: {', '.join(keys[:_TOLD])}" + (f" and {len(keys) - _TOLD} more" if len(keys) > _TOLD else "")
         for label, keys in faults
         if keys
     ]
     if told:
         raise InputError(f"{source} does not fit backbone '{name}' ({'; '.join(told)}); is it of another model?")
+
+
+def _spoken_shape(key: str, given: Tensor, wanted: Tensor) -> str:
+    return f"{key} {tuple(given.shape)} instead of {tuple(wanted.shape)}"
+
+
+@dataclass
+class Started:
+    """What :meth:`Weights.start` did: tensors of the network by name, and why one that is needed would not fit.
+
+    Attributes:
+        tensors: all that the network had, kept so that their identities stay theirs.
+        missing: names of those that the file has not.
+        shapes: names of those of another shape, with the sentence's part for each.
+    """
+
+    tensors: dict[str, Tensor]
+    missing: list[str]
+    shapes: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of a file for a backbone that is being built.
+
+    The file is safetensors or PyTorch's (read without running code): a state dict of timm's or the authors' names, out
+    of any wrapper, that of a detector or segmenter whose backbone it is (``backbone.``), or of a
+    :class:`backbones.pyramid.Pyramid`. Positions are resampled where sizes changed. A classifier of other classes, a
+    last norm and norms of the levels may be missing where only feature maps are asked for.
+    """
+
+    state: State
+    source: str
+
+    @classmethod
+    def read(cls, path: str | Path) -> Weights:
+        """Those at ``path``, a file or a folder that holds one.
+
+        Raises:
+            InputError: as :func:`find_file` and :func:`read_state`.
+        """
+        file = find_file(path)
+        return cls(read_state(file), f"backbone.checkpoint={file}")
+
+    def start(self, model: nn.Module, name: str) -> Started:
+        """Load what fits into the whole network, before anything in it is replaced or taken off."""
+        renamed = converted(model, dict(self.state), name)
+        own = model.state_dict(keep_vars=True)
+        shapes = {
+            k: _spoken_shape(k, renamed[k], v) for k, v in own.items() if k in renamed and renamed[k].shape != v.shape
+        }
+        fitting = {key: value for key, value in renamed.items() if key in own and key not in shapes}
+        result = model.load_state_dict(fitting, strict=False)
+        return Started(dict(own), [key for key in result.missing_keys if key not in shapes], shapes)
+
+    def finish(self, model: nn.Module, name: str, started: Started) -> None:
+        """Check that all the finished network still has of its tensors was in the file, and load what came since.
+
+        Raises:
+            InputError: tensors are missing or of another shape; one message names them all.
+        """
+        inner, is_part = _inner_model(model)
+        left = {id(tensor) for tensor in inner.state_dict(keep_vars=True).values()}
+        needed = {key for key, tensor in started.tensors.items() if id(tensor) in left}
+        missing = [key for key in started.missing if key in needed and not (is_part and is_level_norm(f"model.{key}"))]
+        shapes = [said for key, said in started.shapes.items() if key in needed]
+        if missing or shapes or len(left) > len(needed):
+            # Weights of a network that was already changed in this way have everything by its new names.
+            renamed = converted(inner, dict(self.state), name)
+            own = inner.state_dict()
+            if all(key in renamed and renamed[key].shape == value.shape for key, value in own.items()):
+                inner.load_state_dict(renamed, strict=False)
+                missing, shapes = [], []
+        _refuse([("shape", shapes), ("missing", missing)], name, self.source)
+        if is_part:
+            extra = {key: value for key, value in model.state_dict().items() if not key.startswith("body.")}
+            found = _extras(self.state, extra.keys())
+            wrong = [_spoken_shape(k, v, extra[k]) for k, v in found.items() if v.shape != extra[k].shape]
+            _refuse([("shape", wrong)], name, self.source)
+            model.load_state_dict(found, strict=False)
+        else:
+            spare = converted(inner, dict(self.state), name).keys() - inner.state_dict().keys()
+            _refuse([("unexpected", sorted(spare))], name, self.source)
 
 
 def digest(path: Path) -> str:
@@ -160,26 +259,62 @@ def hub_file(encoder: PathologyEncoder) -> tuple[str, Path]:
 
 def _inner_model(model: nn.Module) -> tuple[nn.Module, bool]:
     """The module that carries the checkpoint's names, and whether it is only a part of the network."""
-    from timm.models._features import FeatureDictNet, FeatureGetterNet
-
-    if isinstance(model, FeatureGetterNet):
+    if isinstance(model, FeatureGetterNet | Pyramid):
         return model.model, True
     return model, isinstance(model, FeatureDictNet)
 
 
-def _rename(model: nn.Module, state: State, name: str) -> State:
+def converted(model: nn.Module, state: State, name: str) -> State:
+    """``state`` by the names and sizes of ``model``, without a classifier that it has not."""
     encoder = ENCODERS.get(name)
     if encoder is not None:
         from backbones.architectures import checkpoint_filter
 
         state = checkpoint_filter(encoder, state, model)
-    own = model.state_dict().keys()
-    filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    converted = encoder is not None and encoder.architecture.startswith("fovea_")  # the filter above did all
-    if filter_fn is not None and not converted and state.keys() != own:
-        state = filter_fn(state, model)
+    own = model.state_dict()
+    state = _of_part(state, own)
+    done = encoder is not None and encoder.architecture.startswith("fovea_")  # the filter above did all
+    if not done and not fits(state, own):
+        filter_fn = _filter_of(type(model))
+        state = to_timm(state) if filter_fn is None else filter_fn(to_timm(state), model)
+        state = {_LEVEL_NORM.sub(r"level_norms.\1.", key) if key not in own else key: v for key, v in state.items()}
+        state = resample(state, model)
     spare = [key for key in state if key not in own and key.startswith(_classifier_prefixes(model))]
+    spare += [key for key in state if key not in own and is_level_norm(f"model.{key.rpartition('.')[0]}")]
     return {key: value for key, value in state.items() if key not in spare}
+
+
+def fits(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:
+    """Whether names and shapes are the same."""
+    return state.keys() == own.keys() and all(state[key].shape == own[key].shape for key in own)
+
+
+def _of_part(state: State, own: Mapping[str, Tensor]) -> State:
+    """The backbone alone, out of a pyramid of ours or of a detector or segmenter."""
+    for prefix in _PARTS:
+        if any(key.startswith(prefix) for key in state) and not any(key.startswith(prefix) for key in own):
+            return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return state
+
+
+def _extras(state: Mapping[str, Tensor], wanted: Iterable[str]) -> State:
+    """What a pyramid has besides its network, by its names."""
+    renamed = {}
+    for key, value in state.items():
+        for prefix in _PARTS:
+            key = key.removeprefix(prefix)
+        renamed[_LEVEL_NORM.sub(r"level_norms.\1.", key)] = value
+    wanted = set(wanted)
+    return {key: value for key, value in renamed.items() if key in wanted}
+
+
+def _filter_of(kind: type[nn.Module]) -> Callable[[State, nn.Module], State] | None:
+    """The filter that stands beside the network's class, or beside the one it is derived from."""
+    for base in kind.__mro__:
+        found = getattr(sys.modules.get(base.__module__), "checkpoint_filter_fn", None)
+        if found is not None:
+            return found
+    return None
 
 
 def _classifier_prefixes(model: nn.Module) -> tuple[str, ...]:

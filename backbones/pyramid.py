@@ -70,7 +70,7 @@ class Pyramid(nn.Module):
         any_size.adapt(model)
         own_norms = any(freezing.is_level_norm(f"model.{part}") for part, _ in model.named_modules())
         strides = any_size.strides_of(model, [infos[i]["reduction"] for i in indices], indices)
-        self.body = FeatureGetterNet(model, out_indices=indices)
+        self.body = FeatureGetterNet(model, out_indices=tuple(indices))
         self.sizing = any_size.measure(self._run, model, strides, self.in_chans)
         self.size_divisor = self.sizing.divisor
         info: Any = self.body.feature_info
@@ -134,9 +134,7 @@ class Pyramid(nn.Module):
         found = [self.sizing.fit(y, s, image.shape[-2:], size) for y, s in zip(self._run(image), strides, strict=True)]
         if self.level_norms is not None:
             norms = self.level_norms
-            found = [
-                norms[str(i)](y) if str(i) in norms else y for i, y in zip(self.indices, found, strict=True)
-            ]
+            found = [norms[str(i)](y) if str(i) in norms else y for i, y in zip(self.indices, found, strict=True)]
         return found if self.stride2 is None else [self.stride2(x), *found]
 
     def _run(self, image: Tensor) -> list[Tensor]:

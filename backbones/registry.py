@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models._features import FeatureGetterNet
 from torch import nn
 
 import backbones.ours  # noqa: F401  (registers our models with timm)
 from attention.registry import available as known
 from backbones import swap
+from backbones.checkpoints import Weights
 from backbones.choices import HostKind, kinds_of, spoken
+from backbones.lora import add_lora
+from backbones.pyramid import Pyramid
 from kernels.errors import InputError
 
 _log = logging.getLogger(__name__)
@@ -42,15 +44,41 @@ def create(
     features_only: bool = False,
     out_indices: Sequence[int] | None = None,
     attention: Any = None,
+    *,
+    out_strides: Sequence[int] | None = None,
+    level_norms: bool = False,
+    frozen_stages: int = -1,
+    norm_eval: bool = False,
+    checkpoint: str | Path | None = None,
+    lora: Any = None,
     **params: Any,
 ) -> nn.Module:
     """See :func:`backbones.create`."""
-    if features_only:
-        params["features_only"] = True
-        if out_indices is not None:
-            params["out_indices"] = tuple(out_indices)
+    dense = {"out_strides": out_strides, "level_norms": level_norms, "frozen_stages": frozen_stages}
+    dense |= {"norm_eval": norm_eval}
+    _check(name, pretrained, features_only, checkpoint, dense)
+    weights = None if checkpoint is None else Weights.read(checkpoint)
     if is_dotted_path(name):
-        return _create_own(name, pretrained, attention, params)
+        model = _create_own(name, pretrained, features_only, out_indices, attention, dense, params)
+        if weights is not None:
+            weights.finish(model, name, weights.start(model, name))
+    else:
+        model = _create_known(name, pretrained, features_only, out_indices, attention, dense, weights, params)
+    if lora is not None:
+        add_lora(model, lora)
+    return model
+
+
+def _create_known(
+    name: str,
+    pretrained: bool,
+    features_only: bool,
+    out_indices: Sequence[int] | None,
+    attention: Any,
+    dense: dict[str, Any],
+    weights: Weights | None,
+    params: dict[str, Any],
+) -> nn.Module:
     model_name = resolve(name, pretrained)
     change: Change | None = None
     if attention is not None:
@@ -66,14 +94,30 @@ def create(
             params["attention"] = attention
         else:
             change = partial(_change, name, attention, kinds_of(attention), params.get("img_size"))
-    if change is not None and features_only:
-        # timm calls this when the weights are loaded, and would wrap the unchanged model.
-        params["feature_cls"] = partial(_features, change)
-    try:
-        model = _build(model_name, pretrained, params)
-        if change is not None and not features_only:
+
+    def finish(model: nn.Module, indices: int | Sequence[int] | None = None) -> nn.Module:
+        """The built network with everything that was asked for."""
+        started = None if weights is None else weights.start(model, name)
+        if change is not None:
             change(model)
+        if features_only:
+            asked = indices if out_indices is None and dense["out_strides"] is None else out_indices
+            model = _pyramid(model, name, asked, dense)
+        if weights is not None and started is not None:
+            weights.finish(model, name, started)
         return model
+
+    given = dict(params)
+    if features_only:
+        # timm calls this when published weights are loaded; what is left out of its parameters is for its own wrappers.
+        given |= {"features_only": True, "feature_cls": lambda model, out_indices=None, **_: finish(model, out_indices)}
+        if _takes_any_size(model_name):
+            given = {"dynamic_img_size": True, **given}
+        if dense["level_norms"] and _is_ours(model_name):
+            given = {"level_norms": True, **given}
+    try:
+        model = _build(model_name, pretrained, given)
+        return model if features_only else finish(model)
     except InputError:
         raise
     except OSError as error:
@@ -82,9 +126,23 @@ def create(
             f"({_first_line(error)}); connect, or give backbone.checkpoint=FILE."
         ) from error
     except _BUILD_ERRORS as error:
-        params.pop("feature_cls", None)
-        given = f" with {', '.join(f'{k}={v!r}' for k, v in params.items())}" if params else ""
-        raise InputError(f"backbone '{name}' cannot be built{given} ({_first_line(error)}).") from error
+        told = params | ({"features_only": True} if features_only else {})
+        told |= {} if out_indices is None else {"out_indices": out_indices}
+        spelled = f" with {', '.join(f'{k}={v!r}' for k, v in told.items())}" if told else ""
+        raise InputError(f"backbone '{name}' cannot be built{spelled} ({_first_line(error)}).") from error
+
+
+def _check(
+    name: str, pretrained: bool, features_only: bool, checkpoint: str | Path | None, dense: dict[str, Any]
+) -> None:
+    if pretrained and checkpoint is not None:
+        raise InputError(
+            f"backbone '{name}' is asked for both pretrained=true and checkpoint={checkpoint}; choose one of them."
+        )
+    plain = {"out_strides": None, "level_norms": False, "frozen_stages": -1, "norm_eval": False}
+    needless = [f"{key}={value}" for key, value in dense.items() if value != plain[key]]
+    if needless and not features_only:
+        raise InputError(f"backbone '{name}': {', '.join(needless)} is for feature maps; give features_only=true too.")
 
 
 def parameters_of(model_name: str) -> list[str]:
@@ -93,15 +151,39 @@ def parameters_of(model_name: str) -> list[str]:
     return list(inspect.signature(timm.model_entrypoint(base)).parameters) if timm.is_model(base) else []
 
 
+# Parameters that are left out for networks that have no such thing.
+_OPTIONAL = ("img_size", "dynamic_img_size", "level_norms")
+_DYNAMIC = {"vision_transformer", "vision_transformer_hybrid", "deit", "eva"}
+_DYNAMIC |= {"swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr"}
+
+
 def _build(model_name: str, pretrained: bool, params: dict[str, Any]) -> nn.Module:
-    """The timm model; ``img_size`` is left out for networks that take any size and have no such parameter."""
+    """The timm model; what it need not know is left out where it has no such parameter."""
     try:
         return timm.create_model(model_name, pretrained=pretrained, **params)
     except TypeError as error:
-        if "img_size" not in params or "'img_size'" not in str(error):
+        unknown = next((key for key in _OPTIONAL if key in params and f"'{key}'" in str(error)), None)
+        if unknown is None:
             raise
-        others = {key: value for key, value in params.items() if key != "img_size"}
-        return timm.create_model(model_name, pretrained=pretrained, **others)
+        others = {key: value for key, value in params.items() if key != unknown}
+        return _build(model_name, pretrained, others)
+
+
+def _takes_any_size(model_name: str) -> bool:
+    """Whether the network may have the parameter that makes it take images of any size."""
+    module = _module_of(model_name)
+    return module is None or module.rpartition(".")[2] in _DYNAMIC | {"architectures"}
+
+
+def _is_ours(model_name: str) -> bool:
+    module = _module_of(model_name)
+    return module is not None and module.startswith("backbones.")
+
+
+def _module_of(model_name: str) -> str | None:
+    """Where the builder of a network is defined; None for networks of the hub."""
+    base = model_name.partition(".")[0]
+    return timm.model_entrypoint(base).__module__ if timm.is_model(base) else None
 
 
 def _change(name: str, attention: Any, kinds: Sequence[HostKind], img_size: Any, model: nn.Module) -> None:
@@ -122,14 +204,6 @@ def _change(name: str, attention: Any, kinds: Sequence[HostKind], img_size: Any,
     else:
         done = swap.add_gates(model, attention)
     _log.info("backbone '%s' with attention '%s': %s", name, spoken(attention), done)
-
-
-def _features(
-    change: Change, model: nn.Module, out_indices: int | tuple[int, ...] = (0, 1, 2, 3), **_: Any
-) -> FeatureGetterNet:
-    """The changed model as a module that gives NCHW feature maps."""
-    change(model)
-    return FeatureGetterNet(model, out_indices=out_indices)
 
 
 def resolve(name: str, pretrained: bool) -> str:
@@ -180,7 +254,16 @@ def _resolve_hub(hub_id: str, pretrained: bool) -> str:
     return f"{HUB}{hub_id}"
 
 
-def _create_own(path: str, pretrained: bool, attention: Any, params: dict[str, Any]) -> nn.Module:
+def _create_own(
+    path: str,
+    pretrained: bool,
+    features_only: bool,
+    out_indices: Sequence[int] | None,
+    attention: Any,
+    dense: dict[str, Any],
+    params: dict[str, Any],
+) -> nn.Module:
+    """A class of the user's; one that keeps to timm's conventions becomes a pyramid as every other backbone."""
     module_name, _, class_name = path.partition(":")
     try:
         cls = getattr(importlib.import_module(module_name), class_name)
@@ -189,18 +272,31 @@ def _create_own(path: str, pretrained: bool, attention: Any, params: dict[str, A
             f"backbone '{path}' cannot be imported ({_first_line(error)}); the form is package.module:Class and the "
             "package must be importable from where the command runs."
         ) from error
+    given = dict(params)
+    wraps = features_only and hasattr(cls, "forward_intermediates")
     if pretrained:
-        params["pretrained"] = True
+        given["pretrained"] = True
     if attention is not None:
-        params["attention"] = attention
+        given["attention"] = attention
+    if features_only and not wraps:
+        given["features_only"] = True
+        if out_indices is not None:
+            given["out_indices"] = tuple(out_indices)
     try:
-        model = cls(**params)
+        model = cls(**given)
     except _BUILD_ERRORS as error:
-        given = ", ".join(f"{k}={v!r}" for k, v in params.items())
-        raise InputError(f"backbone '{path}' cannot be built with ({given}) ({_first_line(error)}).") from error
+        told = ", ".join(f"{k}={v!r}" for k, v in given.items())
+        raise InputError(f"backbone '{path}' cannot be built with ({told}) ({_first_line(error)}).") from error
     if not isinstance(model, nn.Module):
         raise InputError(f"backbone '{path}' gave a {type(model).__name__}; a torch.nn.Module is needed.")
-    return model
+    return _pyramid(model, path, out_indices, dense) if wraps else model
+
+
+def _pyramid(model: nn.Module, name: str, indices: int | Sequence[int] | None, dense: dict[str, Any]) -> Pyramid:
+    try:
+        return Pyramid(model, indices, **dense)
+    except InputError as error:
+        raise InputError(f"backbone '{name}': {error}") from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -26,6 +26,7 @@ from torch import nn
 from backbones import families
 from backbones.choices import HostKind, per_stage
 from backbones.families import FAMILIES
+from backbones.pyramid import Pyramid
 from kernels.errors import InputError
 
 __all__ = ["FAMILIES", "GATED_FAMILIES", "Change", "add_gates", "gated_stages", "replace_attention", "takes"]
@@ -146,8 +147,8 @@ def gated_stages(model: nn.Module) -> list[tuple[nn.Module, int]]:
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The network inside timm's wrapper for feature maps, of the kind that keeps it whole."""
-    if isinstance(model, FeatureGetterNet):
+    """The network inside a pyramid or timm's wrapper for feature maps, of the kind that keeps it whole."""
+    if isinstance(model, Pyramid | FeatureGetterNet):
         return model.model
     if isinstance(model, FeatureDictNet | FeatureHookNet):
         raise InputError(

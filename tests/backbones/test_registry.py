@@ -69,7 +69,7 @@ def test_the_truncated_resnet_and_ctranspath_give_feature_maps() -> None:
     resnet = backbones.create("resnet50_clam", features_only=True)
     assert [x.shape[1] for x in resnet(torch.zeros(1, 3, 64, 64))] == [64, 256, 512, 1024]
     swin = backbones.create("ctranspath", features_only=True, depths=(1, 1, 1, 1))
-    assert swin(torch.zeros(1, 3, 224, 224))[0].shape == (1, 56, 56, 96)
+    assert swin(torch.zeros(1, 3, 224, 224))[0].shape == (1, 96, 56, 56)
 
 
 def test_a_class_is_found_by_its_dotted_path() -> None:
