@@ -30,13 +30,19 @@ def frozen_names(network: nn.Module, levels: Sequence[str], image: Tensor, stage
         InputError: there are fewer stages.
     """
     stage_levels = [name for name in levels if not _STEM.match(name)]
-    if not -1 <= stages <= len(stage_levels):
+    if not 0 <= stages <= len(stage_levels) or not stage_levels:
         raise InputError(
-            f"frozen_stages={stages} is not possible; this backbone has {len(stage_levels)} stages up to the last map "
+            f"frozen_stages={stages} is not possible: this backbone has {len(stage_levels)} stages up to the last map "
             "that is asked for, so give -1 for nothing, 0 for the stem, or up to that number."
         )
     done = _order(network, image)
     names = {module: name for name, module in network.named_modules()}
+    unknown = [level for level in stage_levels if not any(_inside(names[module], level) for module in done)]
+    if unknown:
+        raise InputError(
+            f"frozen_stages={stages} is not possible: the stages of this backbone are not modules of their own "
+            f"({unknown[0].removeprefix('body.model.')}), so freeze its parameters by their names instead."
+        )
     end = _end(done, names, stage_levels, stages)
     ended = [names[module] for module in done[:end]]
     for name in names.values():
@@ -92,14 +98,13 @@ def _order(network: nn.Module, image: Tensor) -> list[nn.Module]:
 
 def _end(done: Sequence[nn.Module], names: dict[nn.Module, str], levels: Sequence[str], stages: int) -> int:
     """How many of ``done`` belong to the stem and the first ``stages`` stages."""
+    if stages == 0:
+        return next(i for i, module in enumerate(done) if _inside(names[module], levels[0]))
+    return max(i + 1 for i, module in enumerate(done) if _inside(names[module], levels[stages - 1]))
 
-    def inside(module: nn.Module, level: str) -> bool:
-        return names[module] == level or names[module].startswith(f"{level}.")
 
-    if stages <= 0:
-        first = levels[0] if levels else ""
-        return next((i for i, module in enumerate(done) if inside(module, first)), len(done)) if stages == 0 else 0
-    return max(i + 1 for i, module in enumerate(done) if inside(module, levels[stages - 1]))
+def _inside(name: str, level: str) -> bool:
+    return name == level or name.startswith(f"{level}.")
 
 
 def _with_parents(name: str) -> list[str]:

@@ -108,9 +108,10 @@ class Pyramid(nn.Module):
         self.norm_eval = norm_eval
         self._frozen: list[str] = []
         if frozen_stages != -1:
-            levels = [f"body.model.{info['module']}" for info in infos[: indices[-1] + 1]]
+            # timm misnames the stages of Twins.
+            levels = [f"body.model.{info['module']}".replace(".block.", ".blocks.") for info in infos]
             image = sample.new_zeros(1, self.in_chans, 64, 64)
-            self._frozen = freezing.frozen_names(self, levels, image, frozen_stages)
+            self._frozen = freezing.frozen_names(self, levels[: indices[-1] + 1], image, frozen_stages)
         self.frozen_stages = frozen_stages
         self.train(self.training)
 

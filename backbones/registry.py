@@ -116,7 +116,12 @@ def _create_known(
         if dense["level_norms"] and _is_ours(model_name):
             given = {"level_norms": True, **given}
     try:
-        model = _build(model_name, pretrained, given)
+        try:
+            model = _build(model_name, pretrained, given)
+        except TypeError as error:
+            if "'feature_cls'" not in str(error):  # a few of timm's builders know no wrapper but their own
+                raise
+            return finish(_build(model_name, pretrained, params))
         return model if features_only else finish(model)
     except InputError:
         raise
