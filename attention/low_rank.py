@@ -97,6 +97,18 @@ class LowRankPooling(Pooler):
         embeddings = sums.flatten(1)
         return PooledBags(self.classifier(embeddings), embeddings, scores, {"weights": weights})
 
+    def cost(self, shape: Sequence[int]) -> list[Part]:
+        bags, instances = shape
+        heads, sums = self.num_branches, bags * self.num_branches * self.dim
+        return [
+            Part("context", instances * self.dim, instances * self.dim + bags * self.dim),
+            projection("asked", bags, self.dim, heads),
+            projection("offered", instances, self.dim, heads),
+            elementwise("scores and weights", instances * heads, flops=10),
+            Part("sums", 2 * instances * heads * self.dim, instances * (self.dim + heads) + sums),
+            projection("classifier", bags, heads * self.dim, self.classifier.out_features),
+        ]
+
     @staticmethod
     def checkpoint_filter(state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The paper's p and q beside a classifier, to ours."""
