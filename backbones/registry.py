@@ -14,7 +14,8 @@ import timm
 from torch import nn
 
 import backbones.architectures
-import backbones.dynamic_perceiver  # noqa: F401  (these register our models with timm)
+import backbones.dynamic_perceiver
+import backbones.meta_spikformer  # noqa: F401  (these register our models with timm)
 from kernels.errors import InputError
 
 HUB = "hf-hub:"
