@@ -14,6 +14,7 @@ import timm
 from torch import nn
 
 import backbones.architectures
+import backbones.dense
 import backbones.dynamic_perceiver
 import backbones.meta_spikformer  # noqa: F401  (these register our models with timm)
 from kernels.errors import InputError
