@@ -4,7 +4,7 @@
 |---|---|---|
 | GC ViT (NVlabs/GCVit) | ``levels``, ``patch_embed``; dense: ``norm0`` .. ``norm3`` | yes |
 | CrossViT (IBM/CrossViT) | ``pos_embed.0``, ``cls_token.0`` | yes |
-| DaViT (dingmyu/davit) | ``main_blocks``, ``patch_embeds``; dense: ``norm0`` .. ``norm3`` | yes; timm too, but not the dense |
+| DaViT (dingmyu/davit) | ``main_blocks``, ``patch_embeds``; dense: ``norm0`` .. | yes; dense ones are not in timm |
 | VOLO (sail-sg/volo) | as timm's | nothing to do |
 | Swin (microsoft/Swin-Transformer) | ``layers`` | timm knows them |
 
