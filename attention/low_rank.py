@@ -104,7 +104,7 @@ class LowRankPooling(Pooler):
             Part("context", instances * self.dim, instances * self.dim + bags * self.dim),
             projection("asked", bags, self.dim, heads),
             projection("offered", instances, self.dim, heads),
-            elementwise("scores and weights", instances * heads, flops=10),
+            elementwise("scores and weights", instances * heads),
             Part("sums", 2 * instances * heads * self.dim, instances * (self.dim + heads) + sums),
             projection("classifier", bags, heads * self.dim, self.classifier.out_features),
         ]

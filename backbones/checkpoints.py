@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from backbones.official_names import to_timm
 from backbones.pathology import ENCODERS, PathologyEncoder
 from kernels.errors import InputError
 
@@ -176,8 +177,8 @@ def _rename(model: nn.Module, state: State, name: str) -> State:
     own = model.state_dict().keys()
     filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     converted = encoder is not None and encoder.architecture.startswith("fovea_")  # the filter above did all
-    if filter_fn is not None and not converted and state.keys() != own:
-        state = filter_fn(state, model)
+    if not converted and state.keys() != own:
+        state = filter_fn(state, model) if filter_fn is not None else to_timm(state)
     spare = [key for key in state if key not in own and key.startswith(_classifier_prefixes(model))]
     return {key: value for key, value in state.items() if key not in spare}
 
