@@ -30,6 +30,7 @@ from attention.mixer import Mixer
 from attention.pooling import PooledBags, Pooler, check_features, rename
 from attention.registry import register
 from kernels.errors import InputError
+from kernels.operators import autocasting
 from kernels.segment import segment_ids, segment_lengths, segment_softmax, segment_weighted_sum
 
 QUERY_ROWS = 128  # queries of the mixer whose scores exist at one time
@@ -91,7 +92,7 @@ class LowRankPooling(Pooler):
 
     def forward(self, features: Tensor, cu_seqlens: Tensor) -> PooledBags:
         check_features(features, self.dim, self.name)
-        if not torch.is_autocast_enabled(features.device.type):
+        if not autocasting(features):
             features = features.to(self.pool.p.dtype)
         sums, weights, scores = self.pool(features, cu_seqlens)
         embeddings = sums.flatten(1)
