@@ -1,6 +1,7 @@
 """Our models: importing this file registers them with timm."""
 
 import backbones.architectures
+import backbones.biformer
 import backbones.dense
 import backbones.dynamic_perceiver
 import backbones.meta_spikformer
