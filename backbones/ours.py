@@ -2,4 +2,6 @@
 
 import backbones.architectures
 import backbones.dynamic_perceiver
-import backbones.metaformer  # noqa: F401
+import backbones.metaformer
+import backbones.nat
+import backbones.nat_isotropic  # noqa: F401
