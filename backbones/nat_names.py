@@ -16,7 +16,7 @@ _RULES = [
         (r"^(?:levels|layers)\.(\d+)\.blocks\.", r"stages.\1.blocks."),
         (r"^layers\.(\d+)\.(?=norm|attn|mlp|gamma)", r"stages.\1.blocks.0."),  # isotropic: a stage for each block
         (r"\.gamma([12])$", r".ls\1.gamma"),
-        (r"^norm(\d)\.", r"norms.\1."),
+        (r"^norm(\d)\.", r"level_norms.\1."),
         (r"^head\.(weight|bias)$", r"head.fc.\1"),
     )
 ]
@@ -32,7 +32,7 @@ def checkpoint_filter_fn(state: Mapping[str, Tensor], model: nn.Module) -> dict[
     content = next((state[key] for key in _WRAPPERS if isinstance(state.get(key), Mapping)), state)
     assert isinstance(content, Mapping)
     own = model.state_dict()
-    found: dict[str, Tensor] = {key: value for key, value in own.items() if key.startswith("norms.")}
+    found: dict[str, Tensor] = {key: value for key, value in own.items() if key.startswith("level_norms.")}
     for key, value in content.items():
         if key.endswith("relative_position_index"):  # follows from the size of the map
             continue

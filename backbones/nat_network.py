@@ -55,7 +55,7 @@ class NeighborhoodNetwork(nn.Module):
         ]
         self.stem = stem
         self.stages = nn.Sequential(*stages)
-        self.norms = nn.ModuleList(LayerNorm2d(dim, eps=EPS) for dim in dims) if level_norms else None
+        self.level_norms = nn.ModuleList(LayerNorm2d(dim, eps=EPS) for dim in dims) if level_norms else None
         self.norm: nn.Module = LayerNorm2d(dims[-1], eps=EPS)
         self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate)
         self._initialise()
@@ -79,7 +79,7 @@ class NeighborhoodNetwork(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Which layer a parameter belongs to, for learning rates that decay with depth."""
         blocks = r"^stages\.(\d+)" if coarse else [(r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^stages\.(\d+)", (0,))]
-        return {"stem": r"^stem", "blocks": blocks if coarse else [*blocks, (r"^norm", (99999,))]}
+        return {"stem": r"^stem", "blocks": blocks if coarse else [*blocks, (r"^norm|^level_norms", (99999,))]}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -132,8 +132,8 @@ class NeighborhoodNetwork(nn.Module):
         return maps if intermediates_only else (self.norm(x), maps)
 
     def _level(self, x: Tensor, level: int, norm: bool) -> Tensor:
-        if self.norms is not None:
-            return self.norms[level](x).contiguous()
+        if self.level_norms is not None:
+            return self.level_norms[level](x).contiguous()
         return self.norm(x).contiguous() if norm else x
 
     def prune_intermediate_layers(
@@ -143,8 +143,10 @@ class NeighborhoodNetwork(nn.Module):
         take, last = feature_take_indices(len(self.stages), indices if isinstance(indices, int) else list(indices))
         shortened = last < len(self.stages) - 1
         self.stages = self.stages[: last + 1]
-        if self.norms is not None:
-            self.norms = nn.ModuleList(self.norms[i] if i in take else nn.Identity() for i in range(last + 1))
+        if self.level_norms is not None:
+            self.level_norms = nn.ModuleList(
+                self.level_norms[i] if i in take else nn.Identity() for i in range(last + 1)
+            )
         if prune_norm or shortened:
             self.norm = nn.Identity()
         if prune_head or shortened:
