@@ -5,4 +5,6 @@ import backbones.biformer
 import backbones.dense
 import backbones.dynamic_perceiver
 import backbones.meta_spikformer
-import backbones.metaformer  # noqa: F401
+import backbones.metaformer
+import backbones.nat
+import backbones.nat_isotropic  # noqa: F401
