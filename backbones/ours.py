@@ -2,4 +2,5 @@
 
 import backbones.architectures
 import backbones.dynamic_perceiver
-import backbones.metaformer  # noqa: F401
+import backbones.metaformer
+import backbones.overlock  # noqa: F401
