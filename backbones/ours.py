@@ -7,4 +7,5 @@ import backbones.dynamic_perceiver
 import backbones.meta_spikformer
 import backbones.metaformer
 import backbones.nat
-import backbones.nat_isotropic  # noqa: F401
+import backbones.nat_isotropic
+import backbones.overlock  # noqa: F401
