@@ -30,7 +30,7 @@ from attention.mixer import Mixer
 from attention.pooling import PooledBags, Pooler, check_features, rename
 from attention.registry import register
 from kernels.errors import InputError
-from kernels.operators import autocasting
+from kernels.operators import autocasting, precisely
 from kernels.segment import segment_ids, segment_lengths, segment_softmax, segment_weighted_sum
 
 QUERY_ROWS = 128  # queries of the mixer whose scores exist at one time
@@ -183,7 +183,7 @@ def _rows(asked: Tensor, offered: Tensor, values: Tensor, hidden: Tensor | None)
     scores = F.normalize(torch.tanh(asked.transpose(1, 2)[..., None] * offered.transpose(1, 2)[:, :, None]), dim=1)
     if hidden is not None:
         scores = scores.masked_fill(hidden, -torch.inf)
-    with torch.autocast(values.device.type, enabled=False):
+    with precisely(values):
         return (scores.softmax(-1) @ values.to(scores.dtype)).to(values.dtype)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -34,6 +35,12 @@ def autocasting(tensor: Tensor) -> bool:
     """Whether autocast is on for the tensor's device; never for one without autocast, such as ``meta``."""
     device = tensor.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def precisely(tensor: Tensor) -> AbstractContextManager[None]:
+    """Autocast off for the tensor's device, where it has autocast: what is computed keeps the dtype it is given in."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def autocast_to(*tensors: Tensor) -> tuple[Tensor, ...]:
