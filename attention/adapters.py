@@ -163,9 +163,10 @@ def _make(name: str, dim: int, heads: int, grid: Sequence[int] | None, index: in
     assert issubclass(cls, Mixer)
     _check_axes(name, cls.grids, grid)
     chosen = cls.for_block(params, index)
-    if grid is not None and "input_size" in inspect.signature(cls).parameters:
-        chosen.setdefault("input_size", tuple(grid))
-    mixer = create(name, kind="mixer", dim=dim, num_heads=heads, **chosen)
+    known = {"num_heads": heads} | ({} if grid is None else {"input_size": tuple(grid), "axes": len(grid)})
+    for key in known.keys() & inspect.signature(cls).parameters.keys():
+        chosen.setdefault(key, known[key])
+    mixer = create(name, kind="mixer", dim=dim, **chosen)
     assert isinstance(mixer, Mixer)
     return mixer
 

@@ -47,7 +47,8 @@ class AgentAttention(Mixer):
         num_heads: heads.
         input_size: size of the map the bias tables are built for; its number of axes is that of the maps: one for
             sequences, two for images, three for volumes.
-        agents: their number n, a square number for images and a cubic one for volumes, or the grid they form.
+        agents: their number n, a square number for images and a cubic one for volumes, or the grid they form; None for
+            49, or 64 in volumes.
         agent_grid: grid of the agents where it is to differ from the one the tables are built for.
         prefix: tokens in front of the map's, such as a class token: the module then takes sequences (B, prefix + H W,
             C), and works out the height and width of other sizes from the proportions of ``input_size``. Agents and
@@ -70,7 +71,7 @@ class AgentAttention(Mixer):
         dim: int,
         num_heads: int,
         input_size: Sequence[int] = (14, 14),
-        agents: int | Sequence[int] = 49,
+        agents: int | Sequence[int] | None = None,
         agent_grid: Sequence[int] | None = None,
         prefix: int = 0,
         sr_ratio: int = 1,
@@ -247,12 +248,14 @@ class AgentAttention(Mixer):
         return state
 
 
-def _agent_grid(agents: int | Sequence[int], axes: int) -> tuple[int, ...]:
+def _agent_grid(agents: int | Sequence[int] | None, axes: int) -> tuple[int, ...]:
     """The grid that ``agents`` stands for.
 
     Raises:
         InputError: no grid of that many axes has equal sides and so many places.
     """
+    if agents is None:
+        agents = 64 if axes == 3 else 49
     if not isinstance(agents, int):
         grid = tuple(agents)
         if len(grid) != axes or min(grid) < 1:

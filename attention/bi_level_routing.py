@@ -25,6 +25,7 @@ from attention.window import two_sides, weights_on_map
 from kernels.bi_level_routing_attention import bi_level_routing_attention
 from kernels.bi_level_routing_attention.regions import Regions
 from kernels.errors import InputError, unknown_name
+from kernels.operators import precisely
 
 FORMS = ("legacy", "refactored")
 ROUTINGS = ("hard", "soft", "differentiable", "learned")
@@ -165,7 +166,7 @@ class BiLevelRoutingAttention(Mixer):
         if self.router is not None:
             kind = self.router.weight.dtype
             queries, keys = self.router(queries.to(kind)), self.router(keys.to(kind))
-        with torch.autocast(q.device.type, enabled=False):
+        with precisely(q):
             precise = torch.promote_types(queries.dtype, torch.float32)
             scores = (queries.to(precise) * self.scale) @ keys.to(precise).mT
         if mask is not None:  # a region without real tokens comes after all others

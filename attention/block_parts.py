@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -37,29 +36,6 @@ def depthwise_each(x: Tensor, kernels: Tensor) -> Tensor:
         maps, kernels.reshape(-1, 1, *taps), padding=[count // 2 for count in taps], groups=maps.shape[1]
     )
     return out[0].unflatten(0, (len(x), -1)).movedim(1, -1)
-
-
-def masked_batch_norm(norm: nn.BatchNorm1d, x: Tensor, mask: Tensor | None) -> Tensor:
-    """``norm`` on ``x`` (B, *grid, C); while training, with the statistics of the real tokens of ``mask`` alone."""
-    if mask is None or not norm.training:
-        return norm(x.flatten(0, -2)).view(x.shape)
-    values = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(0, -2)
-    hidden = ~mask.flatten()[:, None]
-    count = mask.sum()
-    mean = values.masked_fill(hidden, 0).sum(0) / count.clamp_min(1)
-    centred = (values - mean).masked_fill(hidden, 0)
-    squares = centred.square().sum(0)
-    variance = squares / count.clamp_min(1)
-    if norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None:
-        with torch.no_grad():
-            norm.num_batches_tracked.add_(1)
-            momentum = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
-            step = momentum * (count > 0)
-            unbiased = squares / (count - 1).clamp_min(1)
-            norm.running_mean.add_(step * (mean - norm.running_mean))
-            norm.running_var.add_(step * (unbiased - norm.running_var))
-    out = centred * (variance + norm.eps).rsqrt() * norm.weight + norm.bias
-    return out.to(x.dtype).view(x.shape)
 
 
 class ConditionalPosition(nn.Module):

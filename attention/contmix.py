@@ -14,13 +14,15 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from attention.about import About
-from attention.conv_norm import BatchNorm, ConvNorm
+from attention.conv_norm import ConvNorm
 from attention.cost import Part, depthwise, elementwise, projection
 from attention.dilated_reparam import DilatedReparam
 from attention.dynamic_kernels import apply_kernels, average, fitting_size, kernel_logits, resize
 from attention.layout import to_channels_first, to_channels_last, weights_of
+from attention.masked_norm import masked_batch_norm
 from attention.mixer import Mixer
 from attention.registry import register
 from kernels.errors import InputError, unknown_name
@@ -84,21 +86,23 @@ class ContMix(Mixer):
         self.weight_value = ConvNorm(dim, dim)
         self.weight_proj = nn.Conv2d(regions**2, smk_size**2 + kernel_size**2, 1)
         self.fusion_proj = ConvNorm(dim, dim)
-        self.lepe = nn.Sequential(DilatedReparam(dim, kernel_size), BatchNorm(dim))
+        self.lepe = nn.Sequential(DilatedReparam(dim, kernel_size), nn.BatchNorm2d(dim))
         self.se_layer = SqueezeExcitation(dim)
         self.gate = ConvNorm(dim, dim)
-        self.proj = nn.Sequential(BatchNorm(dim), nn.Conv2d(dim, dim, 1))
+        self.proj = nn.Sequential(nn.BatchNorm2d(dim), nn.Conv2d(dim, dim, 1))
         self.rpb1 = nn.Parameter(torch.zeros(self.groups, 2 * smk_size - 1, 2 * smk_size - 1))
         self.rpb2 = nn.Parameter(torch.zeros(self.groups, 2 * kernel_size - 1, 2 * kernel_size - 1))
         self.apply(init_convolution)
 
     def mix(self, x: Tensor, mask: Tensor | None, extras: dict[str, Tensor] | None) -> Tensor:
         x = to_channels_first(x)
-        static = self.lepe[1](self.lepe[0](x, mask), mask)
+        large_norm, out_norm = self.lepe[1], self.proj[0]
+        assert isinstance(large_norm, _BatchNorm) and isinstance(out_norm, _BatchNorm)
+        static = masked_batch_norm(large_norm, self.lepe[0](x, mask), mask)
         mixed = self.fusion_proj(self.mixed(x, mask), mask)
         gate = F.silu(self.gate(x, mask))
         out = gate * self.se_layer(mixed + static, mask)
-        return to_channels_last(self.proj[1](self.proj[0](out, mask)))
+        return to_channels_last(self.proj[1](masked_batch_norm(out_norm, out, mask)))
 
     def mixed(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """What the kernels make of the values of (B, C, H, W), in the same shape."""

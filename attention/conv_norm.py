@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from attention.masked_norm import masked_batch_norm
+
 
 def wide(x: Tensor) -> Tensor:
     """``x`` in float32 where it is of lower precision."""
@@ -25,10 +27,10 @@ def fold(conv: _ConvNd, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     return weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)
 
 
-def conv_norm(x: Tensor, conv: nn.Conv2d, norm: BatchNorm, mask: Tensor | None = None) -> Tensor:
+def conv_norm(x: Tensor, conv: nn.Conv2d, norm: _BatchNorm, mask: Tensor | None = None) -> Tensor:
     """``norm(conv(x))`` for (B, C, H, W), where masked tokens are 0; ``mask`` is (B, H, W), true for real tokens."""
     if norm.training:
-        return norm(conv(x), mask)
+        return masked_batch_norm(norm, conv(x), mask)
     weight, bias = fold(conv, norm)
     return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
@@ -51,31 +53,6 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -
     return out if bias is None else out + bias[:, None]
 
 
-class BatchNorm(nn.BatchNorm2d):
-    """Batch normalisation whose statistics, while training, are those of real tokens alone."""
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Normalise (B, C, H, W); ``mask`` is (B, H, W)."""
-        if mask is None or not self.training:
-            return super().forward(x)
-        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
-        assert self.num_batches_tracked is not None
-        real = mask[:, None]
-        count = real.sum().clamp_min(1)
-        full = wide(x).masked_fill(~real, 0)
-        mean = full.sum((0, 2, 3)) / count
-        centred = (full - mean[:, None, None]).masked_fill(~real, 0)
-        variance = centred.square().sum((0, 2, 3)) / count
-        with torch.no_grad():
-            self.num_batches_tracked.add_(1)
-            # Running statistics hold the unbiased variance, as those of PyTorch do.
-            unbiased = variance * (count / (count - 1).clamp_min(1))
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
-        scale = wide(self.weight) * (variance + self.eps).rsqrt()
-        return (centred * scale[:, None, None] + wide(self.bias)[:, None, None]).to(x.dtype)
-
-
 class ConvNorm(nn.Module):
     """A 1 x 1 convolution without bias and its batch normalisation.
 
@@ -87,10 +64,10 @@ class ConvNorm(nn.Module):
     def __init__(self, inputs: int, outputs: int, first: int = 0) -> None:
         super().__init__()
         self.add_module(str(first), nn.Conv2d(inputs, outputs, 1, bias=False))
-        self.add_module(str(first + 1), BatchNorm(outputs))
+        self.add_module(str(first + 1), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Transform (B, C, H, W)."""
         conv, norm = self.children()
-        assert isinstance(conv, nn.Conv2d) and isinstance(norm, BatchNorm)
+        assert isinstance(conv, nn.Conv2d) and isinstance(norm, _BatchNorm)
         return conv_norm(x, conv, norm, mask)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from attention.conv_norm import BatchNorm, conv_norm, fold
+from attention.conv_norm import conv_norm, fold
 from kernels.errors import InputError
 
 BRANCHES: dict[int, tuple[tuple[int, int], ...]] = {
@@ -52,10 +53,10 @@ class DilatedReparam(nn.Module):
         self.lk_origin = self._depthwise(kernel_size, 1, bias=merged)
         if merged:
             return
-        self.origin_bn = BatchNorm(channels)
+        self.origin_bn = nn.BatchNorm2d(channels)
         for side, dilation in BRANCHES[kernel_size]:
             self.add_module(f"dil_conv_k{side}_{dilation}", self._depthwise(side, dilation))
-            self.add_module(f"dil_bn_k{side}_{dilation}", BatchNorm(channels))
+            self.add_module(f"dil_bn_k{side}_{dilation}", nn.BatchNorm2d(channels))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Convolve (B, C, H, W); ``mask`` (B, H, W) keeps masked tokens, which must be 0, out of batch statistics."""
@@ -102,10 +103,10 @@ class DilatedReparam(nn.Module):
         self.merged = True
         return self
 
-    def _branch(self, side: int, dilation: int) -> tuple[nn.Conv2d, BatchNorm]:
+    def _branch(self, side: int, dilation: int) -> tuple[nn.Conv2d, _BatchNorm]:
         conv = self.get_submodule(f"dil_conv_k{side}_{dilation}")
         norm = self.get_submodule(f"dil_bn_k{side}_{dilation}")
-        assert isinstance(conv, nn.Conv2d) and isinstance(norm, BatchNorm)
+        assert isinstance(conv, nn.Conv2d) and isinstance(norm, _BatchNorm)
         return conv, norm
 
     def _depthwise(self, side: int, dilation: int, bias: bool = False) -> nn.Conv2d:

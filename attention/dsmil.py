@@ -31,6 +31,7 @@ from attention.pooling import (
 from attention.registry import register
 from kernels.dense import linear
 from kernels.errors import unknown_name
+from kernels.operators import autocasting
 from kernels.segment import segment_dot, segment_softmax, segment_top_k, segment_weighted_sum
 
 
@@ -81,7 +82,7 @@ class DSMIL(Pooler):
 
     def forward(self, features: Tensor, cu_seqlens: Tensor) -> PooledBags:
         check_features(features, self.dim, self.name)
-        if not torch.is_autocast_enabled(features.device.type):
+        if not autocasting(features):
             features = features.to(self.classifier.weight.dtype)
         instance_logits = linear(features, self.instance_classifier.weight, self.instance_classifier.bias)
         critical, valid = segment_top_k(instance_logits.detach().t().contiguous(), cu_seqlens, 1)

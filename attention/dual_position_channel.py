@@ -21,6 +21,7 @@ from attention.cost import Part, attend, elementwise, projection
 from attention.gate import Gate
 from attention.registry import register
 from kernels.errors import InputError, unknown_name
+from kernels.operators import precisely
 
 FORMS = ("danet", "daunet")
 
@@ -98,7 +99,7 @@ class ChannelAttention(nn.Module):
         """What is added to (B, C, *spatial), and the weights (B, C, C) of input channels (columns)."""
         flat = x.flatten(2)
         # Products over all places are large and decide alone; rounded, or beyond float16, they would decide otherwise.
-        with torch.autocast(x.device.type, enabled=False):
+        with precisely(x):
             products = wide(flat) @ wide(flat).mT
             weights = torch.softmax(-products, -1) if self.form == "danet" else torch.softmax(products, -1).mT
         weights = weights.to(x.dtype)

@@ -32,6 +32,7 @@ from attention.masking import blank
 from attention.mixer import Mixer
 from attention.registry import register
 from kernels.errors import InputError
+from kernels.operators import precisely
 from kernels.segment import segment_lengths, segment_top_k
 from kernels.varlen_attention import varlen_attention
 
@@ -183,7 +184,7 @@ class DynamicMaskAttention(Mixer):
         keep = self._keep(_before(bias.detach(), tokens - rows, tokens))[:, :, None]  # (B, G, 1, R, N)
         queries = q.transpose(1, 2).unflatten(1, (self.num_kv_heads, -1)).to(bias.dtype)
         keys, values = (t.transpose(1, 2)[:, :, None].to(bias.dtype) for t in (k, v))
-        with torch.autocast(q.device.type, enabled=False):
+        with precisely(q):
             scores = queries @ keys.mT * self.head_dim**-0.5
             # Large instead of infinite: a query that sees nothing has a softmax all the same, cleared afterwards.
             scores = scores + bias.masked_fill(bias == -torch.inf, 0)[:, :, None, None]

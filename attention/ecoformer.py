@@ -25,6 +25,7 @@ from attention.mixer import Mixer
 from attention.registry import register
 from kernels.errors import InputError, unknown_name
 from kernels.linear_attention import linear_attention_2pass
+from kernels.operators import precisely
 
 FORMS = ("released", "corrected")
 NEIGHBOURS = 10  # most and least similar tokens that codes are learned from
@@ -112,7 +113,7 @@ class EcoFormerAttention(Mixer):
             feature_map="identity",
             key_weight=None if real is None else real[..., None],
         )
-        with torch.autocast(v.device.type, enabled=False):
+        with precisely(v):
             if real is None:
                 total, count = codes.sum(1), codes.new_full((len(codes), 1, 1), codes.shape[1])
             else:
@@ -193,7 +194,7 @@ class KernelHash(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Codes (B, N, heads, bits) of tokens (B, N, heads, D), at least in float32; ``mask`` (B, N) is as ever."""
         precise = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        with precisely(x):
             features = _kernel(_unit(x).transpose(1, 2), self.anchor.to(precise), mask) - self.mvec.to(precise)
             projected = features @ self.A.to(precise).transpose(-2, -1)
         return _Sign.apply(projected).transpose(1, 2)
@@ -205,7 +206,7 @@ class KernelHash(nn.Module):
         -1 for its 10 least similar ones. Bit after bit, the function starts from the leading direction of what the bits
         before have left of the targets, and takes 100 steps of gradient descent, with tanh in place of the sign.
         """
-        with torch.autocast(x.device.type, enabled=False):
+        with precisely(x):
             unit = _unit(x).transpose(0, 1)  # (heads, N, D)
             generator = torch.Generator().manual_seed(seed)
             heads, bits, anchors = self.A.shape

@@ -28,6 +28,7 @@ from attention.pooling import PooledBags, Pooler, check_features
 from attention.registry import register
 from kernels.dense import linear
 from kernels.errors import InputError, unknown_name
+from kernels.operators import autocasting
 from kernels.segment import segment_lengths, segment_softmax, segment_weighted_sum
 
 
@@ -82,7 +83,7 @@ class EfficientProbing(Pooler):
 
     def forward(self, features: Tensor, cu_seqlens: Tensor) -> PooledBags:
         check_features(features, self.dim, self.name)
-        if not torch.is_autocast_enabled(features.device.type):
+        if not autocasting(features):
             features = features.to(self.v.weight.dtype)
         scores = linear(features, self.cls_token[0] * self.dim**-0.5).t()
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))

@@ -25,6 +25,7 @@ from attention.mixer import Mixer
 from attention.registry import register
 from kernels.errors import InputError, unknown_name
 from kernels.linear_attention import flow_attention, linear_attention_2pass
+from kernels.operators import precisely
 
 FORMS = {"paper": 0.0, "vision": 1e-6}
 """What each form adds to every flow after its products, in which 1e-6 is added to both factors."""
@@ -226,7 +227,7 @@ def masked_flow(
     def total(rows: Tensor, weights: Tensor) -> Tensor:
         return torch.einsum("bnhd,bnh->bhd", rows, weights)
 
-    with torch.autocast(q.device.type, enabled=False):
+    with precisely(q):
         of_query = flow(f, g.sum(1)).reciprocal()
         of_key = flow(g, f.sum(1)).reciprocal()
         conserved_query = flow(f, total(g, of_key))

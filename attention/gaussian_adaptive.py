@@ -27,6 +27,7 @@ from attention.mixer import Mixer
 from attention.pooling import join, numbered
 from attention.registry import register
 from kernels.errors import InputError, unknown_name
+from kernels.operators import precisely
 
 AXES = ("tokens", "channels")
 _ABOUT = About("Ioannides et al. (GAAM), 2024, 2401.11143", "O(N)", "", "Apache-2.0")
@@ -59,7 +60,7 @@ class GaussianHeads(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Weights (B, L, K), float32 at least, of ``x`` (B, L, K) along its axis L; ``mask`` (B, L), true for real."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        with torch.autocast(x.device.type, enabled=False):
+        with precisely(x):
             return self._weights(x, mask)
 
     def _weights(self, x: Tensor, mask: Tensor | None) -> Tensor:

@@ -25,6 +25,7 @@ from attention.mixer import Mixer
 from attention.registry import register
 from attention.resizing import resize
 from kernels.errors import InputError
+from kernels.operators import precisely
 
 
 class FourierOperators(nn.Module):
@@ -140,7 +141,7 @@ class KolmogorovArnoldAttention(Mixer):
         """(B, heads, N, E), at least in float32: series of large arguments need the digits."""
         wide = torch.promote_types(v.dtype, torch.float32)
         grid = v.shape[1:-2]
-        with torch.autocast(v.device.type, enabled=False):
+        with precisely(v):
             cosines, sines, back = (table.to(wide) for table in self.operators.resized(grid))
             if mask is not None:
                 v = v.masked_fill(~mask[..., None, None], 0)

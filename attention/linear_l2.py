@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention.about import About
-from attention.block_parts import ConditionalPosition, DropPath, Mlp, depthwise, masked_batch_norm
+from attention.block_parts import ConditionalPosition, DropPath, Mlp, depthwise
 from attention.cost import Part, elementwise, linear_attention, projection
 from attention.cost import depthwise as depthwise_cost
 from attention.layout import split_qkv, weights_of
+from attention.masked_norm import masked_batch_norm
 from attention.masking import blank
 from attention.mixer import Mixer
 from attention.registry import register
@@ -144,7 +145,7 @@ class LocalConcentration(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         out = F.gelu(depthwise(blank(x, mask), self.conv1.weight, self.conv1.bias))
-        out = blank(masked_batch_norm(self.bn, out, mask), mask)
+        out = blank(masked_batch_norm(self.bn, out, mask, channel=-1), mask)
         return blank(depthwise(out, self.conv2.weight, self.conv2.bias), mask)
 
     def cost(self, tokens: float) -> list[Part]:

@@ -30,6 +30,7 @@ from attention.mixer import Mixer
 from attention.pooling import PooledBags, Pooler, check_features, rename
 from attention.registry import register
 from kernels.errors import InputError
+from kernels.operators import autocasting, precisely
 from kernels.segment import segment_ids, segment_lengths, segment_softmax, segment_weighted_sum
 
 QUERY_ROWS = 128  # queries of the mixer whose scores exist at one time
@@ -91,11 +92,23 @@ class LowRankPooling(Pooler):
 
     def forward(self, features: Tensor, cu_seqlens: Tensor) -> PooledBags:
         check_features(features, self.dim, self.name)
-        if not torch.is_autocast_enabled(features.device.type):
+        if not autocasting(features):
             features = features.to(self.pool.p.dtype)
         sums, weights, scores = self.pool(features, cu_seqlens)
         embeddings = sums.flatten(1)
         return PooledBags(self.classifier(embeddings), embeddings, scores, {"weights": weights})
+
+    def cost(self, shape: Sequence[int]) -> list[Part]:
+        bags, instances = shape
+        heads, sums = self.num_branches, bags * self.num_branches * self.dim
+        return [
+            Part("context", instances * self.dim, instances * self.dim + bags * self.dim),
+            projection("asked", bags, self.dim, heads),
+            projection("offered", instances, self.dim, heads),
+            elementwise("scores and weights", instances * heads),
+            Part("sums", 2 * instances * heads * self.dim, instances * (self.dim + heads) + sums),
+            projection("classifier", bags, heads * self.dim, self.classifier.out_features),
+        ]
 
     @staticmethod
     def checkpoint_filter(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -170,7 +183,7 @@ def _rows(asked: Tensor, offered: Tensor, values: Tensor, hidden: Tensor | None)
     scores = F.normalize(torch.tanh(asked.transpose(1, 2)[..., None] * offered.transpose(1, 2)[:, :, None]), dim=1)
     if hidden is not None:
         scores = scores.masked_fill(hidden, -torch.inf)
-    with torch.autocast(values.device.type, enabled=False):
+    with precisely(values):
         return (scores.softmax(-1) @ values.to(scores.dtype)).to(values.dtype)
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,14 +27,12 @@ from torch import Tensor, nn
 from attention.about import About
 from attention.cost import Part, attend, elementwise, projection
 from attention.layout import split_qkv, weights_of
-from attention.masking import blank
+from attention.masking import blank, hide_keys
 from attention.mixer import Mixer
 from attention.registry import register
 from kernels.errors import InputError
-from kernels.varlen_attention import varlen_attention
-
-# Added to the scores of masked keys: far below any other, and unlike -inf of use where there is no other.
-_FAR = -1000.0
+from kernels.varlen_attention import plan, varlen_attention
+from kernels.varlen_attention.operator import varlen_attention_backward, varlen_attention_forward
 
 
 @register("reversed", kind="mixer")
@@ -106,8 +105,9 @@ class ReversedAttention(Mixer):
 
     def packed(self, x: Tensor, cu_seqlens: Tensor, shapes: Sequence[tuple[int, ...]] | None = None) -> Tensor:
         q, k, v = split_qkv(self.qkv(x), self.num_heads)
-        sent = self._sent(x, self._message(x, None, None))[..., None] * v
-        return self.proj_drop(self.proj(_receive(q, k, sent.to(v.dtype), cu_seqlens, None).flatten(-2)))
+        values = (self._sent(x, self._message(x, None, None))[..., None] * v).to(v.dtype)
+        out = _Receive.apply(q, k, values, cu_seqlens, self.head_dim**-0.5)
+        return self.proj_drop(self.proj(out.flatten(-2)))
 
     def _message(self, x: Tensor, mask: Tensor | None, before: Tensor | None) -> Tensor:
         """M of this layer, (B, *grid), 0 where masked."""
@@ -133,11 +133,11 @@ class ReversedAttention(Mixer):
 
     def _core(self, q: Tensor, k: Tensor, v: Tensor, sent: Tensor, mask: Tensor | None) -> Tensor:
         """(B, *grid, heads, E)."""
-        batch, tokens = len(q), q.shape[1:-2].numel()
-        cuts = torch.arange(0, (batch + 1) * tokens, tokens, device=q.device)
+        batch, tokens, scale = len(q), q.shape[1:-2].numel(), self.head_dim**-0.5
+        cuts = torch.arange(0, batch * tokens + 1, tokens, device=q.device)
+        q, k = hide_keys(q, k, mask, scale)  # masked tokens then receive nothing, and they send their values, 0
         values = (sent[..., None] * v).to(v.dtype)
-        queries, keys, values = (t.flatten(0, -3) for t in (q, k, values))
-        return _receive(queries, keys, values, cuts, None if mask is None else mask.flatten()).view(v.shape)
+        return _Receive.apply(*(t.flatten(0, -3) for t in (q, k, values)), cuts, scale).view(v.shape)
 
     def cost(self, shape: Sequence[int]) -> list[Part]:
         batch, tokens = shape[0], math.prod(shape[1:])
@@ -154,12 +154,43 @@ class ReversedAttention(Mixer):
         ]
 
 
-def _receive(q: Tensor, k: Tensor, values: Tensor, cuts: Tensor, mask: Tensor | None) -> Tensor:
-    """A^T values, (T, heads, E), for packed q, k and values (T, heads, .); ``mask`` (T,) is true for real tokens."""
-    hidden = None if mask is None else torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, _FAR)[None]
-    _, rows = varlen_attention(q, k, torch.zeros_like(k[..., :1]), cuts, cuts, key_bias=hidden)
-    # From here on queries are what keys were: token j asks how much each i gives it.
-    out, columns = varlen_attention(k, q, values, cuts, cuts, key_bias=-rows.t())
-    if mask is not None:
-        columns = columns.masked_fill(~mask[:, None], -torch.inf)
-    return (out * columns.exp()[..., None]).to(values.dtype)
+class _Receive(torch.autograd.Function):
+    """A^T values, (T, heads, E), for packed q, k and values (T, heads, .), without A in either direction.
+
+    It is the gradient of ordinary attention's values. So the gradients go back through ordinary attention to the
+    incoming gradient G: A G is that of the values, and with the values as what arrives at A G, its queries' and keys'
+    are ours.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, values: Tensor, cuts: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(q, k, values, cuts)
+        ctx.scale = scale
+        _, rows = varlen_attention(q, k, torch.zeros_like(k[..., :1]), cuts, cuts, scale=scale)
+        # Queries are now what keys were: token j asks how much each i gives it, less the log-sum-exp of i.
+        bias = -rows.t()
+        if q.device.type == "cpu":  # whose kernel would copy a bias for every query
+            q, k = _with_bias(q, k, bias.t() / scale)
+            out, columns = varlen_attention(k, q, values, cuts, cuts, scale=scale)
+        else:
+            out, columns = varlen_attention(k, q, values, cuts, cuts, key_bias=bias, scale=scale)
+        return (out * columns.exp()[..., None]).to(values.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, values, cuts = ctx.saved_tensors
+        grad = grad.contiguous()
+        chosen = plan(q, k, grad, cuts, cuts, scale=ctx.scale).backend
+        backend = "torch" if chosen == "reference" else chosen
+        d_values, rows = varlen_attention_forward(q, k, grad, cuts, cuts, None, False, ctx.scale, backend)
+        d_q, d_k, _, _ = varlen_attention_backward(
+            values, None, q, k, grad, cuts, cuts, None, d_values, rows, False, ctx.scale, backend
+        )
+        return d_q, d_k, d_values, None, None
+
+
+def _with_bias(q: Tensor, k: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """``q`` and ``k`` with channels that add ``bias`` (T, heads) of ``q`` to their products, whatever their dtype."""
+    coarse = bias.to(q.dtype)
+    fine = (bias - coarse).to(q.dtype)
+    return torch.cat([q, coarse[..., None], fine[..., None]], -1), F.pad(k, (0, 2), value=1)

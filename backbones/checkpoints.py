@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 from timm.models._features import FeatureDictNet, FeatureGetterNet
+from timm.models.crossvit import CrossVit
+from timm.models.davit import DaVit
+from timm.models.gcvit import GlobalContextVit
 from torch import Tensor, nn
 
 from backbones.freezing import is_level_norm
@@ -31,6 +34,8 @@ _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 _PARTS = ("pyramid.", "backbone.", "body.model.")
 _LEVEL_NORM = re.compile(r"^(?:norm|extra_norms?\.)(\d)\.")
 _TOLD = 10
+# timm's networks whose authors' names are not timm's.
+_RENAMED = (CrossVit, DaVit, GlobalContextVit)
 
 
 def find_file(path: str | Path) -> Path:
@@ -276,7 +281,10 @@ def converted(model: nn.Module, state: State, name: str) -> State:
     done = encoder is not None and encoder.architecture.startswith("fovea_")  # the filter above did all
     if not done and not fits(state, own):
         filter_fn = _filter_of(type(model))
-        state = to_timm(state) if filter_fn is None else filter_fn(to_timm(state), model)
+        if isinstance(model, _RENAMED):
+            state = to_timm(state)
+        if filter_fn is not None:
+            state = filter_fn(state, model)
         state = {_LEVEL_NORM.sub(r"level_norms.\1.", key) if key not in own else key: v for key, v in state.items()}
         state = resample(state, model)
     spare = [key for key in state if key not in own and key.startswith(_classifier_prefixes(model))]

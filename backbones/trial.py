@@ -1,6 +1,6 @@
 """Whether each mixer learns: a tiny host is trained on crops of real images, once per mixer and seed.
 
-    python -m backbones.trial [MIXER ...] [--images FOLDER] [--seeds 3] [--steps 150] [--json FILE]
+    python -m backbones.trial [MIXER ...] [--images FOLDER] [--seeds 3] [--steps 200] [--json FILE]
 
 The images are scikit-image's bundled ones (an immunohistochemical section, a retina, and photographs of grass, gravel
 and brick), or those of FOLDER, one subfolder per class. Crops are grey and standardised, so that neither colour nor
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("mixer", nargs="*", help="which mixers (default: all), or package.module:Class")
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="one subfolder of images per class")
     parser.add_argument("--seeds", type=int, default=3, help="runs per mixer (default: 3)")
-    parser.add_argument("--steps", type=int, default=150, help="of 32 crops (default: 150)")
+    parser.add_argument("--steps", type=int, default=200, help="of 32 crops (default: 200)")
     parser.add_argument("--least", type=float, default=LEAST, help=f"accuracy to reach (default: {LEAST})")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
     chosen = parser.parse_args(arguments)

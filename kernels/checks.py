@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.errors import InputError
+from kernels.operators import autocasting
 
 
 def check_dtypes(operator: str, **tensors: Tensor) -> None:
@@ -20,8 +21,7 @@ def check_dtypes(operator: str, **tensors: Tensor) -> None:
     """
     kinds = {name: tensor.dtype for name, tensor in tensors.items()}
     floating = all(dtype.is_floating_point for dtype in kinds.values())
-    device = next(iter(tensors.values())).device.type
-    if not floating or (len(set(kinds.values())) > 1 and not torch.is_autocast_enabled(device)):
+    if not floating or (len(set(kinds.values())) > 1 and not autocasting(next(iter(tensors.values())))):
         given = ", ".join(f"{name} {str(dtype).removeprefix('torch.')}" for name, dtype in kinds.items())
         raise InputError(f"{operator} takes floating-point tensors of one dtype; got {given}.")
 

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_weight
 
 from kernels.backend import choose
+from kernels.operators import autocasting
 
 Activation = Literal["relu", "gelu"] | None
 
@@ -51,7 +52,7 @@ def linear(
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Activation = None) -> Tensor:
     """:func:`linear` in plain PyTorch, on any device and under autocast."""
-    if not torch.is_autocast_enabled(x.device.type):
+    if not autocasting(x):
         x = x.to(weight.dtype)
     out = F.linear(x, weight, bias)
     if activation == "relu":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -30,10 +31,21 @@ def custom_op(name: str) -> Callable[[Callable[..., Any]], Any]:
     return register
 
 
+def autocasting(tensor: Tensor) -> bool:
+    """Whether autocast is on for the tensor's device; never for one without autocast, such as ``meta``."""
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def precisely(tensor: Tensor) -> AbstractContextManager[None]:
+    """Autocast off for the tensor's device, where it has autocast: what is computed keeps the dtype it is given in."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
 def autocast_to(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the autocast dtype of their device where autocast is on, else as they are."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not autocasting(tensors[0]):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(t.to(dtype) for t in tensors)

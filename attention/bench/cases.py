@@ -64,7 +64,7 @@ def released_of(module: Mixer) -> Callable[[Tensor], Tensor] | None:
 def build(name: str, dim: int, grid: Sequence[int]) -> Mixer:
     """A mixer with heads of 32 channels and its defaults, in evaluation mode."""
     accepted = attention.parameters_of(name, "mixer")
-    given = {"num_heads": max(1, dim // 32), "input_size": tuple(grid)}
+    given = {"num_heads": max(1, dim // 32), "input_size": tuple(grid), "axes": len(grid)}
     torch.manual_seed(0)
     module = attention.create(name, kind="mixer", dim=dim, **{k: v for k, v in given.items() if k in accepted})
     return cast("Mixer", module.eval())

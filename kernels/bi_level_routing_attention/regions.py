@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.errors import InputError
+from kernels.operators import precisely
 
 RegionSize = int | Sequence[int]
 
@@ -150,7 +151,7 @@ def route_regions(
             f"topk {topk} must be from 1 to the {key_grid.count} key regions of {key_grid.rows} x {key_grid.columns} "
             "tokens."
         )
-    with torch.autocast(q.device.type, enabled=False):
+    with precisely(q):
         similarity = _means(a, query_grid) @ _means(b, key_grid).mT
     return similarity.topk(topk, dim=-1).indices[:, None]
 

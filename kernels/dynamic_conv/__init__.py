@@ -12,7 +12,6 @@ beyond the grid. An even window has one tap more before the token than after it.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from kernels.backend import Choice, choose
@@ -26,7 +25,7 @@ from kernels.dynamic_conv.outlook import FoldWeights
 from kernels.dynamic_conv.reference import outlook_reference, products_reference, weighted_sum_reference
 from kernels.dynamic_conv.taps import Taps, taps
 from kernels.errors import InputError
-from kernels.operators import autocast_to
+from kernels.operators import autocast_to, autocasting
 from kernels.windows import PerAxis
 
 __all__ = [
@@ -349,7 +348,7 @@ def _check_rows(name: str, rows: Tensor) -> None:
 
 
 def _check_dtypes(name: str, a: Tensor, b: Tensor) -> None:
-    if a.dtype != b.dtype and not torch.is_autocast_enabled(a.device.type):
+    if a.dtype != b.dtype and not autocasting(a):
         raise InputError(f"{name}: tensors are {a.dtype} and {b.dtype}; cast one to the other's dtype.")
 
 

@@ -22,6 +22,7 @@ from kernels.checks import check_cuts
 from kernels.errors import InputError
 from kernels.gated_attention_pool.reference import MASKED
 from kernels.gated_attention_pool.stacked import pool_stacked, triton_refusal
+from kernels.operators import autocasting
 
 __all__ = ["MASKED", "PoolWeights", "gated_attention_pool", "plan"]
 
@@ -122,7 +123,7 @@ def plan(
         )
     tensors = {"x": x, "the values": values, "the tanh weights": tanh, "the sigmoid weights": sigmoid, "score": score}
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if tensor is not None and tensor.dtype != x.dtype and not autocasting(x):
             raise InputError(
                 f"gated_attention_pool: x is {x.dtype} and {name} {tensor.dtype}; convert one of them, or use autocast."
             )

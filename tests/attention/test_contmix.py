@@ -8,9 +8,10 @@ from torch import nn
 
 from attention.contmix import ContMix
 from attention.contmix_block import ContMixBlock, GlobalResponseNorm
-from attention.conv_norm import BatchNorm, conv_norm, fold
+from attention.conv_norm import conv_norm, fold
 from attention.dilated_reparam import BRANCHES, DilatedReparam, merge_reparam
 from attention.dynamic_kernels import average, fitting_size, relative_bias, resize
+from attention.masked_norm import masked_batch_norm
 from kernels.errors import InputError
 from tests.attention.contract import make_mixer
 
@@ -141,8 +142,8 @@ def test_impossible_parameters_are_refused(changes: dict, sentence: str) -> None
 def test_batch_statistics_are_those_of_real_tokens() -> None:
     mask = torch.rand(2, 6, 5) < 0.5
     x = torch.randn(2, 4, 6, 5)
-    ours, expected = BatchNorm(4), nn.BatchNorm1d(4)
-    out = ours(x.masked_fill(~mask[:, None], 7.0), mask)
+    ours, expected = nn.BatchNorm2d(4), nn.BatchNorm1d(4)
+    out = masked_batch_norm(ours, x.masked_fill(~mask[:, None], 7.0), mask)
     tokens = expected(x.movedim(1, -1)[mask])
     torch.testing.assert_close(out.movedim(1, -1)[mask], tokens, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours.running_mean, expected.running_mean)
@@ -161,7 +162,7 @@ def test_training_does_not_see_masked_tokens() -> None:
 
 
 def test_a_folded_convolution_is_the_convolution_and_its_norm() -> None:
-    conv, norm = nn.Conv2d(4, 6, 3, padding=1), BatchNorm(6)
+    conv, norm = nn.Conv2d(4, 6, 3, padding=1), nn.BatchNorm2d(6)
     randomise_statistics(nn.Sequential(norm))
     norm.eval()
     x = torch.randn(2, 4, 5, 5)
@@ -222,3 +223,12 @@ def test_response_normalisation_weighs_channels_by_their_norm_relative_to_the_me
     nn.init.ones_(norm.gamma)
     x = torch.tensor([3.0, 1.0]).view(1, 2, 1, 1).expand(1, 2, 2, 2)
     torch.testing.assert_close(norm(x)[0, :, 0, 0], torch.tensor([3 * 2.5, 1 * 1.5]))
+
+
+def test_synchronised_batch_normalisation_is_taken() -> None:
+    module = contmix()
+    x = torch.randn(2, 9, 8, 32)
+    before = module(x)
+    synchronised = torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    assert any(isinstance(m, torch.nn.SyncBatchNorm) for m in synchronised.modules())
+    torch.testing.assert_close(synchronised(x), before)

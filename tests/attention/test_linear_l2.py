@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attention.block_parts import masked_batch_norm
 from attention.linear_l2 import GlobalBlock, LinearGlobalAttention, LocalConcentration
+from attention.masked_norm import masked_batch_norm
 from kernels.errors import InputError
 
 
@@ -82,7 +82,7 @@ def test_a_masked_surrounding_is_as_if_the_map_ended_there(training: bool) -> No
 
 def test_nothing_real_leaves_running_statistics_alone() -> None:
     norm = nn.BatchNorm1d(4)
-    out = masked_batch_norm(norm, torch.randn(2, 3, 4), torch.zeros(2, 3, dtype=torch.bool))
+    out = masked_batch_norm(norm, torch.randn(2, 3, 4), torch.zeros(2, 3, dtype=torch.bool), channel=-1)
     assert out.isfinite().all() and (norm.running_mean == 0).all() and (norm.running_var == 1).all()
 
 

@@ -193,7 +193,7 @@ def test_multi_label_targets_train(name: str) -> None:
 
 @every_pooler
 def test_a_single_output_works(name: str) -> None:
-    pooler = attention.create(name, dim=DIM, num_classes=1, **SMALL.get(name, {}))
+    pooler = attention.create(name, kind="pooling", dim=DIM, num_classes=1, **SMALL.get(name, {}))
     assert pooler(torch.randn(6, DIM), bounds([4, 2])).logits.shape == (2, 1)
 
 

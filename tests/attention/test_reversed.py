@@ -83,6 +83,20 @@ def test_masked_tokens_send_and_receive_nothing_whatever_they_score() -> None:
     torch.testing.assert_close(out[:, :7], module(x[:, :7]), rtol=1e-4, atol=1e-5)
 
 
+def test_masked_tokens_take_no_part_in_gradients() -> None:
+    module, x = mixer(), torch.randn(2, 10, 32)
+    mask = torch.arange(10).expand(2, 10) < 7
+    weight = torch.randn(2, 7, 32)
+    found = []
+    for tokens, seen in ((x, mask), (x[:, :7], None)):
+        given = tokens.clone().requires_grad_()
+        out = module(given, seen)[:, :7]
+        found.append(torch.autograd.grad((out * weight).sum(), [given, *module.parameters()]))
+    assert (found[0][0][:, 7:] == 0).all()
+    for masked, short in zip((found[0][0][:, :7], *found[0][1:]), found[1], strict=True):
+        torch.testing.assert_close(masked, short, rtol=1e-4, atol=1e-5)
+
+
 def test_biases_are_optional() -> None:
     plain, biased = mixer(), mixer(qkv_bias=True, gate_bias=True)
     assert {n for n, _ in plain.named_parameters() if n.endswith("bias")} == {"proj.bias"}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import pytest
+import timm
 import torch
+from hydra import compose, initialize_config_module
 from timm.models._manipulate import group_parameters
 from torch import Tensor, nn
 
@@ -143,6 +146,14 @@ class Conventions:
             )
         names = dict(model.named_parameters())
         assert model.no_weight_decay() <= names.keys()
+
+    def test_every_variant_has_a_configuration(self) -> None:
+        names = sys.modules[timm.model_entrypoint(self.name).__module__].default_cfgs
+        with initialize_config_module("conf", version_base=None):
+            for name in names:
+                cfg = compose(overrides=[f"+backbone={name}"]).backbone
+                assert dict(cfg) == {"name": name, "pretrained": False, "checkpoint": None, "params": {}}
+                assert name in backbones.available()
 
     def test_numbers_take_the_type_and_place_asked_for(self) -> None:
         model = self.build(dtype=torch.float64, device="cpu").eval()

@@ -12,6 +12,7 @@ from kernels.group_attention import group_attention
 from kernels.linear_attention import linear_attention_2pass
 from kernels.neighborhood_attention import neighborhood_attention
 from kernels.varlen_attention import varlen_attention
+from kernels.window_attention import window_attention
 
 ROWS = torch.randn(10, 2, 8)
 MAP = torch.randn(1, 16, 8, 8)
@@ -59,3 +60,10 @@ def test_dtypes_that_differ_or_are_not_numbers() -> None:
         assert neighborhood_attention(maps, maps.half(), maps, 3).dtype == torch.bfloat16
     with pytest.raises(InputError, match=r"kernel_size=3\.5 must be a whole number, or one for each of the 2 axes"):
         neighborhood_attention(maps, maps, maps, 3.5)  # type: ignore[call-overload]
+
+
+def test_operators_run_on_tensors_that_are_shapes_alone() -> None:
+    q = torch.empty(1, 8, 8, 2, 4, device="meta")
+    assert neighborhood_attention(q, q, q, 3).shape == q.shape
+    out = window_attention(q, q, q, 4)
+    assert isinstance(out, torch.Tensor) and out.shape == q.shape and out.device.type == "meta"
