@@ -31,7 +31,7 @@ _USUAL_NAMES = ("model.safetensors", "pytorch_model.bin")
 # Names under which training codes nest the weights, the averaged ones first as timm does.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 # Where a backbone lies in a pyramid of ours, and in detectors and segmenters.
-_PARTS = ("pyramid.", "backbone.", "body.model.")
+_PARTS = ("backbone.", "pyramid.", "body.model.")
 _LEVEL_NORM = re.compile(r"^(?:norm|extra_norms?\.)(\d)\.")
 _TOLD = 10
 # timm's networks whose authors' names are not timm's.
@@ -113,8 +113,24 @@ def load(model: nn.Module, state: Mapping[str, Tensor], name: str, source: str) 
     if not shapes:
         # PyTorch supplies the counters that old files of batch normalisation lack, so its own answer is asked.
         result = target.load_state_dict(renamed, strict=False)
-        faults = [("missing", result.missing_keys), ("unexpected", [] if is_part else result.unexpected_keys)]
+        missing = [key for key in result.missing_keys if not (is_part and is_level_norm(f"model.{_owner(key)}"))]
+        faults = [("missing", missing), ("unexpected", [] if is_part else result.unexpected_keys)]
     _refuse(faults, name, source)
+    if isinstance(model, Pyramid):
+        _load_extras(model, state, name, source)
+
+
+def _load_extras(model: nn.Module, state: Mapping[str, Tensor], name: str, source: str) -> None:
+    """What a pyramid has besides its network, as far as it is in ``state``."""
+    extra = {key: value for key, value in model.state_dict().items() if not key.startswith("body.")}
+    found = _extras(state, extra.keys())
+    wrong = [_spoken_shape(key, v, extra[key]) for key, v in found.items() if v.shape != extra[key].shape]
+    _refuse([("shape", wrong)], name, source)
+    model.load_state_dict(found, strict=False)
+
+
+def _owner(key: str) -> str:
+    return key.rpartition(".")[0]
 
 
 def _refuse(faults: Sequence[tuple[str, Sequence[str]]], name: str, source: str) -> None:
@@ -190,7 +206,9 @@ class Weights:
         inner, is_part = _inner_model(model)
         left = {id(tensor) for tensor in inner.state_dict(keep_vars=True).values()}
         needed = {key for key, tensor in started.tensors.items() if id(tensor) in left}
-        missing = [key for key in started.missing if key in needed and not (is_part and is_level_norm(f"model.{key}"))]
+        missing = [
+            key for key in started.missing if key in needed and not (is_part and is_level_norm(f"model.{_owner(key)}"))
+        ]
         shapes = [said for key, said in started.shapes.items() if key in needed]
         if missing or shapes or len(left) > len(needed):
             # Weights of a network that was already changed in this way have everything by its new names.
@@ -201,11 +219,7 @@ class Weights:
                 missing, shapes = [], []
         _refuse([("shape", shapes), ("missing", missing)], name, self.source)
         if is_part:
-            extra = {key: value for key, value in model.state_dict().items() if not key.startswith("body.")}
-            found = _extras(self.state, extra.keys())
-            wrong = [_spoken_shape(k, v, extra[k]) for k, v in found.items() if v.shape != extra[k].shape]
-            _refuse([("shape", wrong)], name, self.source)
-            model.load_state_dict(found, strict=False)
+            _load_extras(model, self.state, name, self.source)
         else:
             spare = converted(inner, dict(self.state), name).keys() - inner.state_dict().keys()
             _refuse([("unexpected", sorted(spare))], name, self.source)
@@ -288,7 +302,7 @@ def converted(model: nn.Module, state: State, name: str) -> State:
         state = {_LEVEL_NORM.sub(r"level_norms.\1.", key) if key not in own else key: v for key, v in state.items()}
         state = resample(state, model)
     spare = [key for key in state if key not in own and key.startswith(_classifier_prefixes(model))]
-    spare += [key for key in state if key not in own and is_level_norm(f"model.{key.rpartition('.')[0]}")]
+    spare += [key for key in state if key not in own and is_level_norm(f"model.{_owner(key)}")]
     return {key: value for key, value in state.items() if key not in spare}
 
 
@@ -301,7 +315,7 @@ def _of_part(state: State, own: Mapping[str, Tensor]) -> State:
     """The backbone alone, out of a pyramid of ours or of a detector or segmenter."""
     for prefix in _PARTS:
         if any(key.startswith(prefix) for key in state) and not any(key.startswith(prefix) for key in own):
-            return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     return state
 
 

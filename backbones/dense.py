@@ -17,13 +17,11 @@ from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers.norm import LayerNorm2d
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
-from timm.models.gcvit import FeatureBlock, GlobalContextVit, window_partition, window_reverse
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.gcvit import FeatureBlock, GlobalContextVit
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from backbones import official_names
+from backbones import any_size, official_names
 from kernels.errors import InputError
 
 __all__ = ["AnySizeGCViT", "LevelNorms", "checkpoint_filter_fn"]
@@ -73,25 +71,21 @@ class AnySizeGCViT(GlobalContextVit):
     """timm's GC ViT for images of any size: (B, in_chans, H, W) to logits, or a pyramid of strides 4, 8, 16, 32.
 
     Args:
-        query_pools: how often the map is halved on the way to the global query of each stage, None for what fits
-            ``img_size``; the authors' dense version has 1 in stage 3 where its window is not the whole map.
+        query_pools: how often the map is halved on the way to the global query of each stage. None is for what fits
+            ``img_size``, and once more in stage 3 where its window is not the whole map, as the authors' dense version.
         arguments: timm's.
     """
 
     def __init__(self, query_pools: Sequence[int] | None = None, **arguments: Any) -> None:
         super().__init__(**arguments)
+        any_size.adapt(self)
         if query_pools is None:
             return
         if len(query_pools) != len(self.stages):
             raise InputError(f"gcvit: query_pools={list(query_pools)} needs one number for each of 4 stages.")
         for stage, pools in zip(self.stages, query_pools, strict=True):
             stage.global_block = FeatureBlock(stage.dim, pools)  # type: ignore[arg-type]
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for stage in self.stages:
-            x = _run_stage(stage, x)
-        return x
+            stage.halves_query = False  # type: ignore[assignment]
 
     def forward_intermediates(
         self,
@@ -105,45 +99,7 @@ class AnySizeGCViT(GlobalContextVit):
         """Maps of the stages ``indices``; see timm's."""
         if output_fmt != "NCHW":
             raise InputError(f"output_fmt={output_fmt} is not possible; these maps are NCHW.")
-        take, last = feature_take_indices(len(self.stages), indices)
-        maps = []
-        x = self.stem(x)
-        for i, stage in enumerate(self.stages):
-            if stop_early and i > last:
-                break
-            x = _run_stage(stage, x)
-            if i in take:
-                maps.append(x)
-        return maps if intermediates_only else (x, maps)
-
-
-def _run_stage(stage: Any, x: Tensor) -> Tensor:
-    """One stage of timm's GC ViT on a map (B, C, H, W) of any size."""
-    x = stage.downsample(x)
-    query = stage.global_block(x)
-    window = stage.blocks[0].window_size
-    if query.shape[2:] != tuple(window):
-        query = F.interpolate(query, size=tuple(window), mode="bicubic", align_corners=False)
-    query = stage.global_norm(query.permute(0, 2, 3, 1))
-    x = x.permute(0, 2, 3, 1)
-    for block in stage.blocks:
-        if stage.grad_checkpointing:
-            x = checkpoint(_run_block, block, x, query)
-        else:
-            x = _run_block(block, x, query)
-    return stage.norm(x).permute(0, 3, 1, 2).contiguous()
-
-
-def _run_block(block: Any, x: Tensor, query: Tensor) -> Tensor:
-    """One block on a map (B, H, W, C); padding is attended to, with the bias of its projection, as published."""
-    height, width = x.shape[1:3]
-    rows, columns = block.window_size
-    normed = F.pad(block.norm1(x), (0, 0, 0, -width % columns, 0, -height % rows))
-    size = normed.shape[1:3]
-    windows = window_partition(normed, block.window_size).flatten(1, 2)
-    mixed = window_reverse(block.attn(windows, query), block.window_size, (int(size[0]), int(size[1])))
-    x = x + block.drop_path1(block.ls1(mixed[:, :height, :width]))
-    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        return super().forward_intermediates(x, indices, norm, stop_early, output_fmt, intermediates_only)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:

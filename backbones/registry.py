@@ -101,13 +101,18 @@ def _create_known(
         if change is not None:
             change(model)
         if features_only:
-            asked = indices if out_indices is None and dense["out_strides"] is None else out_indices
+            asked: int | Sequence[int] | None = out_indices
+            if out_indices is None and dense["out_strides"] is None:
+                asked = _within(indices, model)
             model = _pyramid(model, name, asked, dense)
         if weights is not None and started is not None:
             weights.finish(model, name, started)
         return model
 
     given = dict(params)
+    optional = ["img_size"]
+    if not features_only and dense["level_norms"]:
+        given["level_norms"] = True  # a parameter of some of our own networks, which says so itself elsewhere
     if features_only:
         # timm calls this when published weights are loaded; what is left out of its parameters is for its own wrappers.
         given |= {"features_only": True, "feature_cls": lambda model, out_indices=None, **_: finish(model, out_indices)}
@@ -115,13 +120,14 @@ def _create_known(
             given = {"dynamic_img_size": True, **given}
         if dense["level_norms"] and _is_ours(model_name):
             given = {"level_norms": True, **given}
+        optional += ["dynamic_img_size", "level_norms"]
     try:
         try:
-            model = _build(model_name, pretrained, given)
+            model = _build(model_name, pretrained, given, optional)
         except TypeError as error:
             if "'feature_cls'" not in str(error):  # a few of timm's builders know no wrapper but their own
                 raise
-            return finish(_build(model_name, pretrained, params))
+            return finish(_build(model_name, pretrained, params, optional))
         return model if features_only else finish(model)
     except InputError:
         raise
@@ -144,8 +150,8 @@ def _check(
         raise InputError(
             f"backbone '{name}' is asked for both pretrained=true and checkpoint={checkpoint}; choose one of them."
         )
-    plain = {"out_strides": None, "level_norms": False, "frozen_stages": -1, "norm_eval": False}
-    needless = [f"{key}={value}" for key, value in dense.items() if value != plain[key]]
+    plain = {"out_strides": None, "frozen_stages": -1, "norm_eval": False}
+    needless = [f"{key}={value}" for key, value in dense.items() if key in plain and value != plain[key]]
     if needless and not features_only:
         raise InputError(f"backbone '{name}': {', '.join(needless)} is for feature maps; give features_only=true too.")
 
@@ -156,22 +162,20 @@ def parameters_of(model_name: str) -> list[str]:
     return list(inspect.signature(timm.model_entrypoint(base)).parameters) if timm.is_model(base) else []
 
 
-# Parameters that are left out for networks that have no such thing.
-_OPTIONAL = ("img_size", "dynamic_img_size", "level_norms")
 _DYNAMIC = {"vision_transformer", "vision_transformer_hybrid", "deit", "eva"}
 _DYNAMIC |= {"swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr"}
 
 
-def _build(model_name: str, pretrained: bool, params: dict[str, Any]) -> nn.Module:
-    """The timm model; what it need not know is left out where it has no such parameter."""
+def _build(model_name: str, pretrained: bool, params: dict[str, Any], optional: Sequence[str]) -> nn.Module:
+    """The timm model; parameters that are ``optional`` are left out for networks that have no such thing."""
     try:
         return timm.create_model(model_name, pretrained=pretrained, **params)
     except TypeError as error:
-        unknown = next((key for key in _OPTIONAL if key in params and f"'{key}'" in str(error)), None)
+        unknown = next((key for key in optional if key in params and f"'{key}'" in str(error)), None)
         if unknown is None:
             raise
         others = {key: value for key, value in params.items() if key != unknown}
-        return _build(model_name, pretrained, others)
+        return _build(model_name, pretrained, others, optional)
 
 
 def _takes_any_size(model_name: str) -> bool:
@@ -295,6 +299,14 @@ def _create_own(
     if not isinstance(model, nn.Module):
         raise InputError(f"backbone '{path}' gave a {type(model).__name__}; a torch.nn.Module is needed.")
     return _pyramid(model, path, out_indices, dense) if wraps else model
+
+
+def _within(indices: int | Sequence[int] | None, model: nn.Module) -> int | Sequence[int] | None:
+    """timm's choice of maps, of a network that may have been given fewer layers than that counts on."""
+    levels = len(getattr(model, "feature_info", None) or ())
+    if indices is None or isinstance(indices, int):
+        return indices if indices is None else min(indices, levels)
+    return [i for i in indices if -levels <= i < levels] or None
 
 
 def _pyramid(model: nn.Module, name: str, indices: int | Sequence[int] | None, dense: dict[str, Any]) -> Pyramid:
