@@ -297,6 +297,7 @@ def converted(model: nn.Module, state: State, name: str) -> State:
         filter_fn = _filter_of(type(model))
         if isinstance(model, _RENAMED):
             state = to_timm(state)
+        state = resample(state, model)  # before the filters, of which timm's warn over how they index a table
         if filter_fn is not None:
             state = filter_fn(state, model)
         state = {_LEVEL_NORM.sub(r"level_norms.\1.", key) if key not in own else key: v for key, v in state.items()}

@@ -23,7 +23,8 @@ STRIDES = (2, 4, 8, 16, 32)
 def encoder_class(name: str, **params: Any) -> type[nn.Module]:
     """An encoder class for MONAI around the backbone ``name``, built with ``params`` of :func:`backbones.create`.
 
-    Images (B, in_channels, H, W) become five maps of strides 2 to 32.
+    Images (B, in_channels, H, W) become five maps of strides 2 to 32, with floor(H / stride) rows and
+    floor(W / stride) columns as MONAI's decoder wants them.
 
     Raises:
         InputError: MONAI is not installed, or the backbone has no maps of these strides; when the encoder is built,
@@ -48,10 +49,13 @@ def encoder_class(name: str, **params: Any) -> type[nn.Module]:
             if spatial_dims != 2:
                 raise InputError(f"backbone '{name}' takes images of two axes, not spatial_dims={spatial_dims}.")
             given = params | {"in_chans": in_channels}
-            self.pyramid = backbones.create(name, pretrained=pretrained, features_only=True, **given)
+            self.pyramid: Any = backbones.create(name, pretrained=pretrained, features_only=True, **given)
 
         def forward(self, x: Tensor) -> list[Tensor]:
-            return self.pyramid(x)
+            # The decoder doubles each map and adds a row or a column where that is too few; it takes none away.
+            height, width = x.shape[-2:]
+            maps = zip(self.pyramid(x), self.pyramid.strides, strict=True)
+            return [y[..., : height // stride, : width // stride].contiguous() for y, stride in maps]
 
         @classmethod
         def get_encoder_parameters(cls) -> list[dict[str, Any]]:
