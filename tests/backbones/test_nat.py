@@ -269,7 +269,7 @@ def test_weights_of_imagenet_fit_a_network_whose_levels_have_norms_and_those_nor
         assert level.is_contiguous() and level.mean(1).abs().max() < 1e-4
     features = backbones.create("nat_mini", level_norms=True, features_only=True, out_indices=(1, 2), **PYRAMID)
     names = [name for name, _ in features.named_parameters() if "level_norms" in name]
-    assert names == [f"model.level_norms.{i}.{leaf}" for i in (1, 2) for leaf in ("weight", "bias")]
+    assert names == [f"body.model.level_norms.{i}.{leaf}" for i in (1, 2) for leaf in ("weight", "bias")]
     sum(y.square().sum() for y in features(x)).backward()
     assert all(p.grad is not None for p in features.parameters())
 
