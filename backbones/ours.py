@@ -2,4 +2,5 @@
 
 import backbones.architectures
 import backbones.dynamic_perceiver
+import backbones.mavit
 import backbones.metaformer  # noqa: F401

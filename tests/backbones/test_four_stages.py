@@ -1,0 +1,56 @@
+"""What networks of several stages share: choices, weights of other sizes, and their configurations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from torch import nn
+
+import backbones
+from attention.agent import AgentAttention
+from attention.window import WindowAttention
+from backbones import four_stages
+from kernels.errors import InputError
+
+CONFIGURED = ["mavit_tiny", "mavit_small", "mavit_base", "mavit_large"]
+
+
+@pytest.mark.parametrize("name", CONFIGURED)
+def test_each_configuration_composes_and_names_a_backbone(name: str) -> None:
+    with initialize_config_module("conf", version_base=None):
+        cfg = compose(overrides=[f"+backbone={name}"]).backbone
+    assert dict(cfg) == {"name": name, "pretrained": False, "checkpoint": None, "params": {}}
+    assert cfg.name in backbones.available()
+
+
+def test_tables_of_another_window_or_map_are_resized() -> None:
+    small = nn.ModuleDict({"w": WindowAttention(8, 2, 3), "a": AgentAttention(8, 2, (4, 6), agents=4)})
+    large = nn.ModuleDict({"w": WindowAttention(8, 2, 5), "a": AgentAttention(8, 2, (8, 6), agents=4)})
+    with torch.no_grad():
+        small["a"].bias.ah_bias.fill_(0.25)
+    fitted = four_stages.with_tables_resized(small.state_dict(), large)
+    large.load_state_dict(fitted)
+    assert fitted["a.bias.ah_bias"].shape == (1, 2, 4, 8, 1) and fitted["a.bias.ah_bias"].unique().item() == 0.25
+    torch.testing.assert_close(fitted["a.bias.aw_bias"], small["a"].bias.aw_bias)
+    table = small["w"].relative_position_bias_table.view(5, 5, 2)
+    centre = fitted["w.relative_position_bias_table"].view(9, 9, 2)[4, 4]
+    torch.testing.assert_close(centre, table[2, 2], rtol=1e-3, atol=1e-4)
+
+
+def test_weights_come_out_of_training_checkpoints() -> None:
+    weight = torch.ones(1)
+    assert four_stages.unwrapped({"model": {"module.a": weight}, "epoch": 3}) == {"a": weight}
+    assert four_stages.unwrapped({"state_dict": {"model_ema": {"a": weight}}}) == {"a": weight}
+    assert four_stages.unwrapped({"a": weight}) == {"a": weight}
+
+
+def test_drop_path_grows_evenly_over_all_blocks() -> None:
+    assert four_stages.drop_path_rates(0.3, (1, 2, 1)) == [[0.0], pytest.approx([0.1, 0.2]), [pytest.approx(0.3)]]
+
+
+@pytest.mark.parametrize("size", [0, (3, 4, 5), (8, 0)])
+def test_an_impossible_image_size_is_refused(size: int | tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match="img_size="):
+        four_stages.stage_grids(size, (4, 8))
+    assert four_stages.stage_grids((75, 106), (4, 8)) == [(19, 27), (10, 14)]
