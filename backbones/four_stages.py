@@ -6,6 +6,7 @@ has to have; :class:`StagedNetwork` has it for every network that is a stem, sta
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers.classifier import ClassifierHead
-from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 from timm.models import build_model_with_cfg
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -251,10 +251,20 @@ def with_tables_resized(state: State, model: nn.Module) -> State:
         leaf = key.rpartition(".")[2]
         if leaf == "relative_position_bias_table":
             window = model.get_submodule(key.rpartition(".")[0]).window_size
-            fitted[key] = resize_rel_pos_bias_table(table, window, tuple(wanted))  # type: ignore[arg-type]
+            fitted[key] = _offsets_resized(table, window)  # type: ignore[arg-type]
         elif leaf in _AGENT_TABLES:
             fitted[key] = _stretched(table, wanted)
     return fitted
+
+
+def _offsets_resized(table: Tensor, window: tuple[int, int]) -> Tensor:
+    """A table (offsets of a square window, heads) for another window (height, width), bicubically."""
+    side = math.isqrt(len(table))
+    if side**2 != len(table):
+        raise InputError(f"a bias table of {len(table)} offsets is of no square window, and cannot be resized.")
+    offsets = table.t().unflatten(1, (side, side))[None].float()
+    resized = F.interpolate(offsets, [2 * n - 1 for n in window], mode="bicubic", align_corners=False)
+    return resized[0].flatten(1).t().contiguous().to(table.dtype)
 
 
 def _stretched(table: Tensor, shape: Sequence[int]) -> Tensor:

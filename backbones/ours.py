@@ -2,5 +2,6 @@
 
 import backbones.architectures
 import backbones.dynamic_perceiver
+import backbones.l2vit
 import backbones.mavit
 import backbones.metaformer  # noqa: F401

@@ -10,10 +10,11 @@ from torch import nn
 import backbones
 from attention.agent import AgentAttention
 from attention.window import WindowAttention
-from backbones import four_stages
+from backbones import four_stages, l2vit, mavit
 from kernels.errors import InputError
 
-CONFIGURED = ["mavit_tiny", "mavit_small", "mavit_base", "mavit_large"]
+FAMILIES = (mavit, l2vit)
+CONFIGURED = [name.partition(".")[0] for family in FAMILIES for name in family.default_cfgs]
 
 
 @pytest.mark.parametrize("name", CONFIGURED)
