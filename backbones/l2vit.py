@@ -200,13 +200,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 _SOURCE = {"paper_ids": "arXiv:2501.16182", "origin_url": "https://github.com/ChuanyangZheng/L2ViT"}
+_AT_384 = {"input_size": (3, 384, 384), "pool_size": (12, 12), "crop_pct": 1.0}
 default_cfgs = generate_default_cfgs(
-    {name: describe("stem.conv1", "mit", **_SOURCE) for name in ("l2vit_tiny", "l2vit_small", "l2vit_base")}
-    | {
-        "l2vit_base_384": describe(
-            "stem.conv1", "mit", input_size=(3, 384, 384), pool_size=(12, 12), crop_pct=1.0, **_SOURCE
-        )
-    }
+    {name: describe("stem.conv1", "mit", **_SOURCE, **(_AT_384 if name.endswith("384") else {})) for name in VARIANTS}
 )
 
 
