@@ -2,6 +2,7 @@
 
 import backbones.architectures
 import backbones.dynamic_perceiver
+import backbones.global_deit
 import backbones.global_swin
 import backbones.l2vit
 import backbones.mavit
