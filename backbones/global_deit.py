@@ -153,7 +153,7 @@ class GlobalDeiT(IsotropicNetwork):
             self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
             _initialise(self.head)
 
-    def step(self, block: nn.Module, tokens: Tokens) -> Tokens:
+    def step(self, index: int, block: nn.Module, tokens: Tokens) -> Tokens:
         return Tokens(block(tokens.x, tokens.grid), tokens.grid)
 
     def finish(self, tokens: Tokens) -> Tensor:

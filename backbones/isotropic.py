@@ -127,8 +127,8 @@ class IsotropicNetwork(nn.Module):
         self.num_classes = num_classes
         self.head.reset(num_classes, pool_type=global_pool)
 
-    def step(self, block: nn.Module, tokens: Tokens) -> Tokens:
-        """``tokens`` behind ``block``."""
+    def step(self, index: int, block: nn.Module, tokens: Tokens) -> Tokens:
+        """``tokens`` behind ``block``, the one at ``index``."""
         raise NotImplementedError
 
     def finish(self, tokens: Tokens) -> Tensor:
@@ -151,13 +151,13 @@ class IsotropicNetwork(nn.Module):
             x = x + positions_for(self.pos_embed, self.grid, grid, self.num_prefix_tokens)
         return Tokens(x, grid)
 
-    def _run(self, block: nn.Module, tokens: Tokens) -> Tokens:
+    def _run(self, index: int, block: nn.Module, tokens: Tokens) -> Tokens:
         if not self.grad_checkpointing or not torch.is_grad_enabled():
-            return self.step(block, tokens)
+            return self.step(index, block, tokens)
         names = list(tokens.extras)
 
         def through(x: Tensor, *values: Tensor) -> tuple[Any, ...]:
-            out = self.step(block, Tokens(x, tokens.grid, dict(zip(names, values, strict=True))))
+            out = self.step(index, block, Tokens(x, tokens.grid, dict(zip(names, values, strict=True))))
             return out.grid, list(out.extras), out.x, *out.extras.values()
 
         grid, after, x, *values = checkpoint(through, tokens.x, *tokens.extras.values())
@@ -190,7 +190,7 @@ class IsotropicNetwork(nn.Module):
         for i, block in enumerate(self.blocks):
             if stop_early and intermediates_only and i > self.levels[last]:
                 break
-            tokens = self._run(block, tokens)
+            tokens = self._run(i, block, tokens)
             if i in wanted:
                 maps.append(self.map_of(Tokens(self.norm(tokens.x), tokens.grid, tokens.extras) if norm else tokens))
         return maps if intermediates_only else (self.finish(tokens), maps)
@@ -209,8 +209,8 @@ class IsotropicNetwork(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         tokens = self.embed(x)
-        for block in self.blocks:
-            tokens = self._run(block, tokens)
+        for i, block in enumerate(self.blocks):
+            tokens = self._run(i, block, tokens)
         return self.finish(tokens)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

@@ -6,4 +6,5 @@ import backbones.global_deit
 import backbones.global_swin
 import backbones.l2vit
 import backbones.mavit
-import backbones.metaformer  # noqa: F401
+import backbones.metaformer
+import backbones.ninformer  # noqa: F401
