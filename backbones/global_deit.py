@@ -33,7 +33,6 @@ from timm.layers.mlp import Mlp
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-import attention as registry
 from attention.agent import AgentAttention
 from attention.block_parts import depthwise_each
 from attention.inline import InLineAttention, inline_core, local_kernels
@@ -50,16 +49,15 @@ from backbones.four_stages import (
     unwrapped,
     with_tables_resized,
 )
-from backbones.isotropic import IsotropicNetwork, Tokens, with_positions_resized
+from backbones.isotropic import BesidePrefix, IsotropicNetwork, TokenHead, Tokens, with_positions_resized
 from kernels.errors import InputError, unknown_name
 
 __all__ = ["GlobalDeiT", "checkpoint_filter_fn"]
 
 MIXERS = ("agent", "inline")
-POOLS = ("token", "avg", "")
 
 
-class GlobalDeiT(IsotropicNetwork):
+class GlobalDeiT(TokenHead, IsotropicNetwork):
     """DeiT with agent or InLine attention; see :class:`backbones.isotropic.IsotropicNetwork`.
 
     ``forward_features`` gives the normalised tokens (B, 1 + H * W, C), the class token first.
@@ -136,36 +134,11 @@ class GlobalDeiT(IsotropicNetwork):
         if device is not None or dtype is not None:
             self.to(device=device, dtype=dtype)
 
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier; 0 classes for none, an empty ``global_pool`` for all tokens."""
-        if global_pool is not None:
-            if global_pool not in POOLS:
-                raise unknown_name("deit: global_pool", global_pool, POOLS)
-            self.global_pool = global_pool
-        self.num_classes = num_classes
-        self.head = nn.Identity()
-        if num_classes:
-            like = self.norm.weight if isinstance(self.norm, nn.LayerNorm) else next(self.parameters())
-            self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
-            _initialise(self.head)
-
     def step(self, index: int, block: nn.Module, tokens: Tokens) -> Tokens:
         return Tokens(block(tokens.x, tokens.grid), tokens.grid)
 
     def finish(self, tokens: Tokens) -> Tensor:
         return self.norm(tokens.x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        if self.global_pool == "token":
-            x = x[:, 0]
-        elif self.global_pool == "avg":
-            x = x[:, 1:].mean(1)
-        x = self.head_drop(x)
-        return x if pre_logits else self.head(x)
 
 
 class Block(nn.Module):
@@ -217,20 +190,6 @@ class PrefixInLine(InLineAttention):
         local = depthwise_each(v[:, self.prefix_tokens :].flatten(2).unflatten(1, grid), kernels).flatten(1, 2)
         out = inline_core(q, k, v, self.phi).flatten(2)
         return self.proj_drop(self.proj(out + nn.functional.pad(local, (0, 0, self.prefix_tokens, 0))))
-
-
-class BesidePrefix(nn.Module):
-    """Any mixer of maps for the patch tokens, and a cross attention by which the class token reads from all tokens."""
-
-    def __init__(self, mixer: nn.Module, dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.mixer = mixer
-        self.reader = registry.create("cross", kind="cross", dim=dim, num_heads=num_heads)
-
-    def on_grid(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(B, 1 + H * W, C) to the same."""
-        mixed = self.mixer(x[:, 1:].unflatten(1, grid)).flatten(1, 2)
-        return torch.cat((self.reader(x[:, :1], x), mixed), dim=1)
 
 
 def _initialise(layer: nn.Module) -> None:

@@ -19,11 +19,13 @@ from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from attention.layout import to_channels_first
+import attention as registry
+from attention.layout import to_channels_first, to_channels_last
 from backbones.four_stages import State, as_indices, only_nchw, undecayed
-from kernels.errors import InputError
+from kernels.errors import InputError, unknown_name
 
 LEVELS = 4
+POOLS = ("token", "avg", "")
 
 
 @dataclass
@@ -192,7 +194,8 @@ class IsotropicNetwork(nn.Module):
                 break
             tokens = self._run(i, block, tokens)
             if i in wanted:
-                maps.append(self.map_of(Tokens(self.norm(tokens.x), tokens.grid, tokens.extras) if norm else tokens))
+                found = self.map_of(tokens)
+                maps.append(to_channels_first(self.norm(to_channels_last(found))).contiguous() if norm else found)
         return maps if intermediates_only else (self.finish(tokens), maps)
 
     def prune_intermediate_layers(
@@ -218,6 +221,60 @@ class IsotropicNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
+
+
+class TokenHead(nn.Module):
+    """The part of a network that classifies tokens (B, 1 + N, C) by the first of them, or by the mean of the others."""
+
+    head: nn.Module
+    head_drop: nn.Module
+    num_features: int
+    num_classes: int
+    global_pool: str
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new classifier; 0 classes for none, an empty ``global_pool`` for all tokens.
+
+        Raises:
+            InputError: the pooling is none of ``"token"``, ``"avg"`` and empty.
+        """
+        if global_pool is not None:
+            if global_pool not in POOLS:
+                raise unknown_name("global_pool", global_pool, POOLS)
+            self.global_pool = global_pool
+        like = next(self.parameters())
+        self.num_classes = num_classes
+        self.head = nn.Identity()
+        if num_classes:
+            self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
+            nn.init.trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        if self.global_pool == "token":
+            x = x[:, 0]
+        elif self.global_pool == "avg":
+            x = x[:, 1:].mean(1)
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
+
+
+class BesidePrefix(nn.Module):
+    """Any mixer of maps for the patch tokens, and a cross attention by which the class token reads from all tokens."""
+
+    def __init__(self, mixer: nn.Module, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.mixer = mixer
+        self.reader = registry.create("cross", kind="cross", dim=dim, num_heads=num_heads)
+
+    def on_grid(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(B, 1 + H * W, C) to the same."""
+        mixed = self.mixer(x[:, 1:].unflatten(1, grid)).flatten(1, 2)
+        return torch.cat((self.reader(x[:, :1], x), mixed), dim=1)
 
 
 def positions_for(table: Tensor, trained: tuple[int, int], grid: tuple[int, int], prefix: int = 0) -> Tensor:

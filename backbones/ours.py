@@ -1,6 +1,7 @@
 """Our models: importing this file registers them with timm."""
 
 import backbones.architectures
+import backbones.dependency_vit
 import backbones.dynamic_perceiver
 import backbones.global_deit
 import backbones.global_swin
