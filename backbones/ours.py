@@ -2,6 +2,7 @@
 
 import backbones.architectures
 import backbones.dependency_vit
+import backbones.duoformer
 import backbones.dynamic_perceiver
 import backbones.global_deit
 import backbones.global_swin

@@ -10,10 +10,10 @@ from torch import nn
 import backbones
 from attention.agent import AgentAttention
 from attention.window import WindowAttention
-from backbones import dependency_vit, four_stages, global_deit, global_swin, l2vit, mavit, ninformer
+from backbones import dependency_vit, duoformer, four_stages, global_deit, global_swin, l2vit, mavit, ninformer
 from kernels.errors import InputError
 
-FAMILIES = (mavit, l2vit, global_swin, global_deit, ninformer, dependency_vit)
+FAMILIES = (mavit, l2vit, global_swin, global_deit, ninformer, dependency_vit, duoformer)
 CONFIGURED = [name.partition(".")[0] for family in FAMILIES for name in family.default_cfgs]
 
 
