@@ -69,7 +69,7 @@ class DuoFormer(TokenHead):
         scale_token: ``"channel"``, made from the maps, or ``"learned"``.
         form: ``"plain"`` or ``"vit"``; see :class:`backbones.duoformer_parts.TwoAttentions`.
         attention: a mixer in the place of the attention between patches, or a list with this one entry. The class
-            token then reads from all tokens by a cross attention of its own.
+            token then reads the mixed tokens by a cross attention of its own.
         embed_dim, depth, num_heads: channels C; blocks between scales, and as many between patches; heads.
         qk_norm: LayerNorms of queries and keys between patches.
         layer_scale: initial value of branches' factors between scales, None for none.

@@ -18,6 +18,7 @@ from timm.models import build_model_with_cfg
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from attention.mixer import Mixer
 from backbones.choices import Choice, per_stage
 from kernels.errors import InputError
 
@@ -179,6 +180,24 @@ def chosen_mixers(attention: Any, stages: int) -> list[Choice | None]:
         InputError: the choice is no mixer, or a list has another length.
     """
     return [None] * stages if attention is None else per_stage(attention, stages, "mixer", "this backbone")
+
+
+class Unmasked(nn.Module):
+    """A mixer that knows no masks, in a block that hands one over; it has to be None."""
+
+    def __init__(self, mixer: nn.Module) -> None:
+        super().__init__()
+        self.mixer = mixer
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if mask is not None:
+            raise InputError(f"{type(self.mixer).__name__} takes no mask; use a registered mixer for masked maps.")
+        return self.mixer(x)
+
+
+def taking_masks(mixer: nn.Module) -> nn.Module:
+    """``mixer`` for a block that calls it with a mask; a class of the user's own need not know of any."""
+    return mixer if isinstance(mixer, Mixer) else Unmasked(mixer)
 
 
 def stage_grids(img_size: Size, strides: Sequence[int]) -> list[tuple[int, int]]:

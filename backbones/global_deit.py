@@ -66,7 +66,7 @@ class GlobalDeiT(TokenHead, IsotropicNetwork):
         mixer: of the global blocks, ``"agent"`` or ``"inline"``.
         global_blocks: how many of the first blocks are global; the others have softmax attention.
         attention: a mixer of the patch tokens in the place of both kinds, or a list with this one entry. The class
-            token, which such a mixer does not know, then reads from all tokens by a cross attention of its own.
+            token, which such a mixer does not know, then reads the mixed tokens by a cross attention of its own.
         embed_dim, depth, num_heads: channels, blocks, heads.
         agents: their number, a square number; of no account for InLine.
         mlp_ratio: hidden channels of the MLPs, over the width.

@@ -264,7 +264,7 @@ class TokenHead(nn.Module):
 
 
 class BesidePrefix(nn.Module):
-    """Any mixer of maps for the patch tokens, and a cross attention by which the class token reads from all tokens."""
+    """Any mixer of maps for the patch tokens, and a cross attention by which the class token reads the mixed ones."""
 
     def __init__(self, mixer: nn.Module, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -274,7 +274,8 @@ class BesidePrefix(nn.Module):
     def on_grid(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, 1 + H * W, C) to the same."""
         mixed = self.mixer(x[:, 1:].unflatten(1, grid)).flatten(1, 2)
-        return torch.cat((self.reader(x[:, :1], x), mixed), dim=1)
+        tokens = torch.cat((x[:, :1], mixed), dim=1)
+        return torch.cat((self.reader(x[:, :1], tokens), mixed), dim=1)
 
 
 def positions_for(table: Tensor, trained: tuple[int, int], grid: tuple[int, int], prefix: int = 0) -> Tensor:

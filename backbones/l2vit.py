@@ -43,6 +43,7 @@ from backbones.four_stages import (
     drop_path_rates,
     rename_within,
     stage_grids,
+    taking_masks,
     unwrapped,
 )
 from backbones.stages import Stage
@@ -101,7 +102,8 @@ class L2ViT(StagedNetwork):
                 block.apply(_initialise)
                 choice = choices[i]
                 if choice is not None:
-                    block.attn = choice.build(dim, index, num_heads=heads, input_size=grids[i])  # type: ignore[assignment]
+                    mixer = choice.build(dim, index, num_heads=heads, input_size=grids[i])
+                    block.attn = taking_masks(mixer)  # type: ignore[assignment]
                 blocks.append(block)
             stages.append(Stage(nn.Identity() if i == 0 else Downsample(dims[i - 1], dim), blocks, None))
         super().__init__(

@@ -33,6 +33,7 @@ from backbones.four_stages import (
     drop_path_rates,
     rename_within,
     stage_grids,
+    taking_masks,
     unwrapped,
 )
 from backbones.isotropic import IsotropicNetwork, Tokens
@@ -82,7 +83,8 @@ class NiNformer(IsotropicNetwork):
         for index in range(depth):
             block = NiNBlock(embed_dim, grid, hidden_dim, proj_drop_rate)
             if choice is not None:
-                block.mgu = choice.build(embed_dim, index, num_heads=num_heads, input_size=grid)  # type: ignore[assignment]
+                mixer = choice.build(embed_dim, index, num_heads=num_heads, input_size=grid)
+                block.mgu = taking_masks(mixer)  # type: ignore[assignment]
             blocks.append(block)
         super().__init__(
             nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size),

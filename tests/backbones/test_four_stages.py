@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hydra import compose, initialize_config_module
@@ -55,3 +57,38 @@ def test_an_impossible_image_size_is_refused(size: int | tuple[int, ...]) -> Non
     with pytest.raises(InputError, match="img_size="):
         four_stages.stage_grids(size, (4, 8))
     assert four_stages.stage_grids((75, 106), (4, 8)) == [(19, 27), (10, 14)]
+
+
+class Doubled(nn.Module):
+    """A mixer of a user's own, which knows neither heads nor masks."""
+
+    kind = "mixer"
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((dim,), 2.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scale * x
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("mavit_tiny", {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8), "num_heads": (1, 1, 1, 1)}),
+        ("l2vit_tiny", {"depths": (2, 1, 1, 1), "dims": (8, 8, 8, 8), "num_heads": (1, 1, 1, 1)}),
+        ("agent_swin_tiny", {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8), "num_heads": (1, 1, 1, 1)}),
+        ("inline_deit_tiny", {"depth": 2, "embed_dim": 8, "num_heads": 2}),
+        ("ninformer_patch4_32", {"depth": 2, "embed_dim": 8}),
+        ("dependencyvit_tiny", {"depth": 2, "embed_dim": 8, "num_heads": 2}),
+        ("duoformer_resnet18_s4", {"depth": 2, "embed_dim": 8, "num_heads": 2}),
+    ],
+)
+def test_a_mixer_of_your_own_goes_into_every_family(name: str, params: dict[str, Any]) -> None:
+    path = "tests.backbones.test_four_stages:Doubled"
+    model = backbones.create(name, attention=path, num_classes=3, **params)
+    model(torch.randn(2, 3, 64, 70)).square().sum().backward()
+    learned = [p for n, p in model.named_parameters() if n.endswith("scale") and p.shape == (8,)]
+    assert learned and all(p.grad is not None and p.grad.isfinite().all() for p in learned)
+    with pytest.raises(InputError, match="no mask"):
+        four_stages.taking_masks(Doubled(8))(torch.zeros(1, 2, 2, 8), torch.ones(1, 2, 2, dtype=torch.bool))
