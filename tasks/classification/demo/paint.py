@@ -101,8 +101,8 @@ def paint(name: str, rng: Generator, blue: float = 1.0, pink: float = 1.0) -> ND
     density = nuclei[..., None] * _HAEMATOXYLIN * blue + ground[..., None] * _EOSIN * pink
     light = (255 * np.power(10.0, -0.8 * density)).astype(np.float32)
     small = cv2.resize(light, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
-    small = cv2.GaussianBlur(small, (0, 0), rng.uniform(0.4, 2.4))  # never all in focus
-    small = small + rng.normal(0, 12, (SIDE, SIDE, 1))
+    small = cv2.GaussianBlur(small, (0, 0), rng.uniform(0.4, 1.6))  # never all in focus
+    small = small + rng.normal(0, 8, (SIDE, SIDE, 1))
     return np.clip(small.round(), 0, 255).astype(np.uint8)
 
 
@@ -135,14 +135,14 @@ def _stroma(rng: Generator, nuclei: Stain, ground: Stain) -> None:
     ground += (0.14 * np.sin(2 * np.pi * along / rng.uniform(7, 12))).astype(np.float32)
     for _ in range(rng.integers(10, 26)):
         x, y = rng.uniform(0, side, 2)
-        _nucleus(rng, nuclei, x, y, 5.0, 2.4, np.degrees(turn) + 90 + rng.normal(0, 20))
+        _nucleus(rng, nuclei, x, y, 5.0, 2.8, np.degrees(turn) + 90 + rng.normal(0, 14))
 
 
 def _tumour(rng: Generator, nuclei: Stain, ground: Stain) -> None:
     """Large nuclei of uneven size and shape."""
     for _ in range(rng.integers(10, 26)):
         x, y = rng.uniform(0, len(ground), 2)
-        _nucleus(rng, nuclei, x, y, rng.uniform(3.4, 7.5), rng.uniform(1.0, 1.6), rng.uniform(0, 180))
+        _nucleus(rng, nuclei, x, y, rng.uniform(4.0, 8.5), rng.uniform(1.0, 1.6), rng.uniform(0, 180))
 
 
 _TISSUES = {"glands": _glands, "lymphocytes": _lymphocytes, "stroma": _stroma, "tumour": _tumour}
