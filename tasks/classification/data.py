@@ -101,10 +101,13 @@ def refuse_rare(images: ImageSet, folds: int) -> list[str]:
     for sample in images.samples:
         patients[sample.label].add(sample.patient)
     count = Counter(sample.label for sample in images.samples)
+    why = f" for crossval.folds={folds}" if folds > 2 else ""
     problems = []
     for position, name in enumerate(images.classes):
         if count[position] < needed:
-            problems.append(f"class '{name}' has {_counted(count[position], 'image')}; {needed} are needed at least.")
+            problems.append(
+                f"class '{name}' has {_counted(count[position], 'image')}; {needed} are needed at least{why}."
+            )
         elif len(patients[position]) < 2:
             problems.append(f"class '{name}' comes from one patient; it could not be tested on another.")
     return problems

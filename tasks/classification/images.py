@@ -15,7 +15,7 @@ from kernels.errors import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 Pixels = NDArray[np.uint8]
-_FORMATS = ("PNG", "JPEG", "MPO", "BMP")
+_FORMATS = ("PNG", "JPEG", "BMP")
 _LARGEST = 178_956_970  # pixels; what is larger is a slide
 
 

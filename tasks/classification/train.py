@@ -38,7 +38,7 @@ from tasks.common.devices import device_for
 from tasks.common.files import atomic_path, write_json
 from tasks.common.folds import Samples, plan_folds, read_predictions, run_folds
 from tasks.common.metrics import classification_metrics
-from tasks.common.optimisation import Recipe
+from tasks.common.optimisation import Recipe, check_optimizer
 from tasks.common.progress import ProgressBars
 from tasks.common.results import arrays
 from tasks.common.runs import Run, open_run
@@ -86,6 +86,10 @@ def prepare(cfg: DictConfig) -> Study:
     check_accelerator(cfg.trainer)
     device_for(cfg.inference.device)
     make_plan(cfg, validated=True)
+    check_optimizer(cfg.training.optimizer)
+    sampling_weights(cfg.training.sampling, "binary", torch.tensor([0, 1]))
+    if cfg.training.batch_size < 1:
+        raise InputError(f"training.batch_size={cfg.training.batch_size} must be 1 or more.")
     classes = 2 if cfg.data.classes is None else len(cfg.data.classes)
     _objective(cfg, max(classes, 2), None)
     images = load_images(cfg.data)
@@ -109,9 +113,9 @@ def describe_model(cfg: DictConfig, classes: Sequence[str]) -> Description:
     """
     backbone: dict[str, Any] = {"name": str(cfg.backbone.name), "params": _plain(cfg.backbone.get("params")) or {}}
     attention = _plain(cfg.get("attention"))
-    size = own_input_size(backbone["name"]) if cfg.data.img_size is None else int(cfg.data.img_size)
-    if size < 1:
-        raise InputError(f"data.img_size={size} must be 1 pixel or more.")
+    size = own_input_size(backbone["name"]) if cfg.data.img_size is None else cfg.data.img_size
+    if not isinstance(size, int) or size < 1:
+        raise InputError(f"data.img_size={size} must be a whole number of pixels, 1 or more.")
     window = cfg.data.window
     if window is not None and (len(window) != 2 or not window[0] < window[1]):
         raise InputError(f"data.window={list(window)} must be two intensities, the lower first.")

@@ -56,10 +56,11 @@ def plan_folds(samples: Samples, settings: DictConfig, seed: int) -> list[Fold]:
             ids,
             labels,
             patients,
-            num_folds=settings.folds if settings.folds > 1 else _folds_for(settings.get("test_fraction")),
+            num_folds=_parts(settings, patients),
             seed=seed,
             val_fraction=settings.val_fraction,
             repeats=settings.repeats,
+            allow_rare=settings.folds == 1,
             group_word="patient",
         )
         if settings.folds == 1:
@@ -118,13 +119,19 @@ def read_predictions(folds: Sequence[Fold], folder: Path) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def _folds_for(test_fraction: float | None) -> int:
-    """Into how many parts the samples are dealt when one of them is to be the test set."""
+def _parts(settings: DictConfig, patients: Sequence[str]) -> int:
+    """Into how many parts the samples are dealt; of a single split, one of them is the test set."""
+    test_fraction = settings.get("test_fraction")
+    if settings.folds != 1:
+        return int(settings.folds)
     if test_fraction is None:
         raise InputError("crossval.folds=1 leaves nothing to test on; use 2 folds or more.")
     if not 0 < test_fraction <= 0.5:
         raise InputError(f"crossval.test_fraction={test_fraction} must be more than 0 and at most 0.5.")
-    return max(2, round(1 / test_fraction))
+    parts, there = max(2, round(1 / test_fraction)), len(set(patients))
+    if there < parts:
+        raise InputError(f"crossval.test_fraction={test_fraction} of {there} patients is less than one; raise it.")
+    return parts
 
 
 def _split_column(samples: Samples) -> Fold:

@@ -12,6 +12,8 @@ import torch
 from kernels.errors import unknown_name
 from tasks.common.schedules import half_cosine
 
+_OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -32,10 +34,10 @@ def configure(recipe: Recipe, parameters: Iterable[Any], trainer: L.Trainer) -> 
     Raises:
         InputError: the optimiser is not known.
     """
-    kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
-    if recipe.optimizer not in kinds:
-        raise unknown_name("training.optimizer", recipe.optimizer, kinds)
-    optimizer = kinds[recipe.optimizer](parameters, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay)
+    check_optimizer(recipe.optimizer)
+    optimizer = _OPTIMIZERS[recipe.optimizer](
+        parameters, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay
+    )
     steps_per_epoch = max(1, int(trainer.estimated_stepping_batches) / max(1, recipe.epochs))
 
     def factor(step: int) -> float:
@@ -44,3 +46,9 @@ def configure(recipe: Recipe, parameters: Iterable[Any], trainer: L.Trainer) -> 
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def check_optimizer(name: str) -> None:
+    """Raise InputError for an optimiser that is not known."""
+    if name not in _OPTIMIZERS:
+        raise unknown_name("training.optimizer", name, _OPTIMIZERS)
