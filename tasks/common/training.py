@@ -14,11 +14,12 @@ from typing import Any, Protocol
 import lightning as L
 import pandas as pd
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from kernels.errors import InputError
+from tasks.common.averaging import AverageLateWeights, ExponentialAverage
 from tasks.common.files import atomic_path, explain_os_errors
 
 log = logging.getLogger(__name__)
@@ -274,34 +275,6 @@ class StopOnNaN(Callback):
                 f"the loss became {float(loss)} at step {trainer.global_step}; lower training.lr or set "
                 "trainer.gradient_clip_val=1."
             )
-
-
-class AverageLateWeights(WeightAveraging):
-    """Equal average of the weights after each epoch from ``first`` on (SWA, arXiv 1803.05407)."""
-
-    def __init__(self, first: int) -> None:
-        super().__init__()
-        self.first = first
-
-    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
-        """Whether the average takes in the weights now."""
-        return epoch_idx is not None and epoch_idx >= self.first
-
-
-class ExponentialAverage(WeightAveraging):
-    """Exponential moving average of weights and buffers after every step.
-
-    The decay is ``min(decay, (1 + n) / (10 + n))`` at step n, so that a short run is not left with its first weights.
-    """
-
-    def __init__(self, decay: float) -> None:
-        def average(old: Tensor, new: Tensor, count: Tensor | int) -> Tensor:
-            if not old.is_floating_point():
-                return new
-            step = float(count)
-            return torch.lerp(new, old, min(decay, (1 + step) / (10 + step)))
-
-        super().__init__(avg_fn=average)
 
 
 def check_accelerator(options: Mapping[str, Any]) -> None:

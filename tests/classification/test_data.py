@@ -85,7 +85,7 @@ def test_paths_that_lead_out_of_the_folder_are_refused(spelling: str, tmp_path: 
     table = write_set(tmp_path / "set", 4)
     Image.new("RGB", (8, 8)).save(tmp_path / "outside.png")
     table.write_text(table.read_text() + f"{spelling},across,p9\n")
-    with pytest.raises(InputError, match="row 6: .* lies outside"):
+    with pytest.raises(InputError, match=r"row 6: .* lies outside"):
         load(table)
 
 
