@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +41,7 @@ def measure(model: nn.Module, img_size: int, device: torch.device) -> Cost:
     """Cost of ``model`` for images (B, 3, img_size, img_size); it is left on ``device`` in evaluation mode."""
     model.to(device).eval()
     image = torch.zeros(1, 3, img_size, img_size, device=device)
-    flops, uncounted = count_flops(lambda: model(image))
+    flops, uncounted = count_flops(model, lambda: model(image))
     batch = torch.zeros(_BATCH, 3, img_size, img_size, device=device)
     rates: list[float] = []
     model(batch)  # warm-up
@@ -54,12 +56,41 @@ def measure(model: nn.Module, img_size: int, device: torch.device) -> Cost:
     return Cost(parameters, flops, max(rates), device.type, _BATCH, uncounted)
 
 
-def count_flops(call: Any) -> tuple[float, list[str]]:
-    """Operations of ``call()`` and the operators of ours that were not counted."""
-    seen = _OwnOperators()
-    with FlopCounterMode(display=False) as counter, seen:
+def count_flops(model: nn.Module, call: Callable[[], Any]) -> tuple[float, list[str]]:
+    """Operations of ``call()``, which runs ``model``, and the operators of ours that were not counted.
+
+    PyTorch's counter does not look into the operators of :mod:`kernels`. An attention module that states its own cost
+    is counted by that where one of them runs in it.
+    """
+    seen, corrections = _OwnOperators(), []
+    with FlopCounterMode(display=False) as counter, seen, contextlib.ExitStack() as hooks:
+        before: list[tuple[nn.Module, float, set[str]]] = []
+
+        def enter(module: nn.Module, _inputs: Any) -> None:
+            before.append((module, counter.get_total_flops(), set(seen.names)))
+            seen.names.clear()
+
+        def leave(module: nn.Module, inputs: Any, _output: Any) -> None:
+            _, flops, names = before.pop()
+            if seen.names and not before:  # of modules within each other the outermost speaks for all
+                with contextlib.suppress(NotImplementedError):  # one that states no cost stays uncounted
+                    stated = sum(part.flops for part in module.cost(_positions(module, inputs[0])))  # type: ignore[operator]
+                    corrections.append(stated - (counter.get_total_flops() - flops))
+                    seen.names.clear()
+            seen.names |= names
+
+        for module in model.modules():
+            if callable(getattr(module, "cost", None)):
+                for handle in (module.register_forward_pre_hook(enter), module.register_forward_hook(leave)):
+                    hooks.callback(handle.remove)
         call()
-    return float(counter.get_total_flops()), sorted(seen.names)
+    return float(counter.get_total_flops()) + sum(corrections), sorted(seen.names)
+
+
+def _positions(module: nn.Module, tensor: Tensor) -> tuple[int, ...]:
+    """The shape that a module's cost is asked for: without channels, which are last for mixers and second for gates."""
+    shape = tuple(tensor.shape)
+    return (shape[0], *shape[2:]) if getattr(module, "kind", "mixer") == "gate" else shape[:-1]
 
 
 @torch.no_grad()
@@ -73,7 +104,7 @@ def exit_flops(model: Any, img_size: int) -> list[float] | None:
     exits = iter(model.exits(image))
     while True:
         found: list[Tensor] = []
-        flops, _ = count_flops(lambda: found.extend(_next(exits)))  # noqa: B023 (called at once)
+        flops, _ = count_flops(model, lambda: found.extend(_next(exits)))  # noqa: B023 (called at once)
         if not found:
             return costs
         total += flops

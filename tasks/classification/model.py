@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,12 +34,12 @@ def build_network(
     arguments: dict[str, Any] = {"attention": attention_argument(attention), **(backbone.get("params") or {})}
     if not registry.is_dotted_path(name):
         arguments.setdefault("img_size", img_size)
-    model = backbones.create(name, num_classes=num_classes, **arguments)
+    model = _create(name, num_classes=num_classes, **arguments)
     if pretrained and checkpoint is not None:
         raise InputError(f"backbone '{name}': pretrained=true and checkpoint={checkpoint} exclude each other.")
     if not pretrained and checkpoint is None:
         return model
-    donor = backbones.create(name, pretrained=pretrained, num_classes=0, **arguments)
+    donor = _create(name, pretrained=pretrained, num_classes=0, **arguments)
     if checkpoint is not None:
         load(donor, read_state(find_file(checkpoint)), name, f"backbone.checkpoint={checkpoint}")
     missing = model.load_state_dict(donor.state_dict(), strict=False).missing_keys
@@ -47,6 +48,16 @@ def build_network(
     if others and classifier and not hasattr(model, "forward_exits"):
         raise InputError(f"backbone '{name}': its weights have no {others[0]}; it cannot be started from them.")
     return model
+
+
+def _create(name: str, **arguments: Any) -> nn.Module:
+    """``backbones.create`` without its log line, which every fold would repeat."""
+    logger = logging.getLogger("backbones.registry")
+    before, logger.disabled = logger.disabled, True
+    try:
+        return backbones.create(name, **arguments)
+    finally:
+        logger.disabled = before
 
 
 def attention_argument(chosen: Mapping[str, Any] | None) -> Any:

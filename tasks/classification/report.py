@@ -110,7 +110,7 @@ def print_result(metrics: dict[str, Any]) -> None:
     table = Table(title=f"{title(metrics)}: {_subtitle(metrics)}", show_header=False, title_justify="left")
     for label, value, span in key_figures(metrics):
         table.add_row(label, f"{value} ({span})" if span else value)
-    for label, value in cost_rows(metrics["cost"]):
+    for label, value in cost_rows(metrics["cost"]) if "cost" in metrics else ():
         table.add_row(label, value)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 

@@ -43,7 +43,7 @@ def write_comparison(outcomes: Sequence[tuple[list[str], Path, dict[str, Any] | 
     with atomic_path(path) as temporary:
         frame.to_csv(temporary, index=False)
     table = Table(title="Pooled over folds, with 95 % intervals over patients")
-    table.add_column("job")
+    table.add_column("job", overflow="fold", min_width=24)
     shown = [name for name in _SHOWN if name in frame]
     for name in shown:
         table.add_column(name, justify="right")

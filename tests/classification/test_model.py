@@ -108,6 +108,16 @@ def test_cost_counts_what_a_convolution_and_a_layer_take() -> None:
     assert cost.uncounted == []
 
 
+@pytest.mark.parametrize("size", [64, 96])
+def test_operators_that_the_counter_does_not_know_are_counted_by_their_module(size: int) -> None:
+    plain = measure(build_network(VIT, {"name": "softmax"}, 2, size), size, torch.device("cpu"))
+    near = measure(build_network(VIT, {"name": "neighborhood", "kernel_size": 3}, 2, size), size, torch.device("cpu"))
+    tokens, dim, blocks = (size // 16) ** 2, 64, 6
+    assert near.uncounted == []
+    saved = blocks * 4 * tokens * dim * (tokens - 9)
+    assert plain.flops - near.flops == pytest.approx(saved, rel=0.02)
+
+
 def test_exits_cost_more_the_later_they_are() -> None:
     costs = exit_flops(TwoExits(), 32)
     assert costs is not None
