@@ -40,7 +40,7 @@ def read(folder: str) -> dict[str, Any]:
 
 
 def test_a_network_beats_colour_and_is_evaluated_and_used(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train("training.epochs=25", "training.batch_size=8", "training.tensorboard=true") == 0
+    assert train("training.epochs=14", "training.batch_size=8", "training.tensorboard=true") == 0
     metrics = read("run")
     accuracy = metrics["pooled"]["accuracy"]
     assert accuracy["low"] > metrics["baseline"]["accuracy"] + 0.1
