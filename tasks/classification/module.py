@@ -13,8 +13,8 @@ from timm.optim._param_groups import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from backbones.early_exit import exit_loss
 from kernels.errors import InputError
-from tasks.classification.exits import exit_loss
 from tasks.classification.loading import Batch, seeded
 from tasks.common.optimisation import Recipe, configure
 from tasks.common.validation import Outcomes
@@ -74,7 +74,7 @@ class ClassifierModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         images, target = self._mixed(batch, batch_index)
         if hasattr(self.model, "forward_exits"):
-            loss = exit_loss(self.model.forward_exits(images), lambda y: self.objective.loss(y, target))  # type: ignore[operator]
+            loss = exit_loss(self.model.forward_exits(images), target, loss=self.objective.loss)  # type: ignore[operator]
         else:
             loss = self.objective.loss(self.model(images), target)
         self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)

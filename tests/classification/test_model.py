@@ -11,7 +11,7 @@ import backbones
 from kernels.errors import InputError
 from tasks.classification.checkpoint import Description, load_checkpoint, save_checkpoint
 from tasks.classification.cost import exit_flops, measure
-from tasks.classification.exits import curve, exit_loss, figure, leave, pooled, shares, thresholds
+from tasks.classification.exits import curve, figure, pooled
 from tasks.classification.loading import Preprocessing
 from tasks.classification.model import attention_argument, build_network, check_network, own_input_size
 
@@ -126,15 +126,6 @@ def test_exits_cost_more_the_later_they_are() -> None:
     assert exit_flops(nn.Linear(2, 2), 32) is None
 
 
-def test_thresholds_let_the_wanted_shares_leave() -> None:
-    torch.manual_seed(1)
-    exits = [torch.randn(200, 4) * scale for scale in (1.0, 2.0, 4.0)]
-    limits = thresholds(exits, [0.5, 0.25, 0.25])
-    assert torch.bincount(leave(exits, limits), minlength=3).tolist() == [100, 50, 50]
-    assert shares(0.5, 3) == pytest.approx([4 / 7, 2 / 7, 1 / 7])
-    assert thresholds(exits, [0.0, 0.0, 1.0])[:2] == [float("inf")] * 2
-
-
 def test_the_curve_weighs_folds_by_their_images() -> None:
     torch.manual_seed(2)
     target = torch.randint(0, 3, (90,))
@@ -146,13 +137,3 @@ def test_the_curve_weighs_folds_by_their_images() -> None:
     assert table["saved"].is_monotonic_decreasing
     assert ((table["share_1"] + table["share_2"]) - 1).abs().max() < 1e-9
     assert figure(table, 1.0).axes[0].get_xlabel() == "Operations saved (%)"
-
-
-def test_the_loss_of_exits_is_that_of_one_when_all_agree() -> None:
-    logits, target = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
-
-    def loss(y: torch.Tensor) -> torch.Tensor:
-        return nn.functional.cross_entropy(y, target)
-
-    torch.testing.assert_close(exit_loss([logits, logits], loss), loss(logits))
-    assert exit_loss([logits, logits + torch.randn(5, 3)], loss) > 0
