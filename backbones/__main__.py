@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("what", nargs="*", help="a wildcard pattern such as 'res*', or: show NAME")
     parser.add_argument("--all", action="store_true", help=f"measure every match, not the first {MEASURED} alone")
     options = parser.parse_args(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 160)
     try:
         if options.what[:1] == ["show"]:
             if len(options.what) != 2:
@@ -75,6 +75,9 @@ def _list(console: Console, pattern: str | None, everything: bool) -> None:
         ("attention=", "left"),
         ("strides", "left"),
         ("channels", "left"),
+        ("GFLOPs", "right"),
+        ("top-1", "right"),
+        ("licence of weights", "left"),
     ):
         table.add_column(heading, justify=side, no_wrap=heading == "name")  # type: ignore[arg-type]
     for name in shown:
@@ -82,7 +85,8 @@ def _list(console: Console, pattern: str | None, everything: bool) -> None:
         if row.fault:
             table.add_row(name, "", "", "", row.fault)
         else:
-            table.add_row(name, _millions(row.parameters), row.attention, _joined(row.strides), _joined(row.channels))
+            cells = [_millions(row.parameters), row.attention, _joined(row.strides), _joined(row.channels)]
+            table.add_row(name, *cells, *_figures(name))
     console.print(table)
     if pattern is None and not everything:
         console.print(f"{len(names)} of this project, {known} in all: python -m backbones 'res*' for those that match.")
@@ -110,6 +114,7 @@ def _show(console: Console, name: str) -> None:
         "input": row.input_size,
         "strides": _joined(row.strides),
         "channels": _joined(row.channels),
+        "GFLOPs, top-1 (%), licence of weights": " | ".join(cell or "not published" for cell in _figures(name)),
         "attention=": f"{row.attention}: {', '.join(fitting)}" if fitting else row.attention,
         "build": f"backbones.create('{name}'" + (f", attention='{fitting[0]}')" if fitting else ")"),
     }
@@ -149,6 +154,15 @@ def measure(name: str) -> Row:
         " x ".join(map(str, size)),
         type(model).__name__,
     )
+
+
+def _figures(name: str) -> tuple[str, str, str]:
+    """Published cost and accuracy, empty where nothing is published, and the licence of the weights."""
+    from backbones.published import published
+
+    found = published(name)
+    cost = "" if found.gflops is None else f"{found.gflops:g}"
+    return cost, "" if found.top1 is None else f"{found.top1:g}", found.licence
 
 
 def _ours() -> list[str]:

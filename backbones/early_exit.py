@@ -11,7 +11,7 @@ ICLR 2018, arXiv:1703.09844 (thresholds from shares).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from kernels.errors import InputError
 
 EXIT_WEIGHTS = (0.5, 0.5, 1.0, 1.0)
-"""Weights of the cross entropies of Dynamic Perceiver's exits, as published."""
+"""Weights of the losses of Dynamic Perceiver's exits, as published."""
 
 
 class HasExits(Protocol):
@@ -51,24 +51,27 @@ class EarlyExit:
 def exit_loss(
     exits: Sequence[Tensor],
     target: Tensor,
-    weights: Sequence[float] = EXIT_WEIGHTS,
+    weights: Sequence[float] | None = None,
     distil: float = 0.5,
     temperature: float = 1.0,
-    label_smoothing: float = 0.0,
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
 ) -> Tensor:
-    """Weighted cross entropies of all exits, and of the earlier ones their distance from the last one's answer.
+    """Weighted losses of all exits, and of the earlier ones their distance from the last one's answer.
 
     The distance is ``T² KL(softmax(y_last / T) || softmax(y / T))``, the mean over samples, summed over the earlier
     exits and weighted by ``distil``; the last exit is the teacher and gets no gradient from it.
 
     Args:
         exits: logits (N, K) of each exit.
-        target: (N,) int64 classes, or (N, K) probabilities.
-        weights: of the cross entropies, one per exit.
+        target: what ``loss`` takes; for cross entropy (N,) int64 classes or (N, K) probabilities.
+        weights: of the losses, one per exit; None for those published where there are four exits, else 1 each.
+        loss: of logits (N, K) and ``target``, a scalar.
 
     Raises:
         InputError: the number of weights is not that of exits, or the temperature is not positive.
     """
+    if weights is None:
+        weights = EXIT_WEIGHTS if len(exits) == len(EXIT_WEIGHTS) else (1.0,) * len(exits)
     if len(weights) != len(exits):
         raise InputError(f"exit_loss: {len(weights)} weights for {len(exits)} exits; give one for each.")
     if temperature <= 0:
@@ -76,14 +79,14 @@ def exit_loss(
     # float32 whatever autocast made of the logits: distillation compares small differences of logarithms.
     exits = [logits.float() for logits in exits]
     pairs = zip(weights, exits, strict=True)
-    loss = sum(weight * F.cross_entropy(y, target, label_smoothing=label_smoothing) for weight, y in pairs)
-    assert isinstance(loss, Tensor)
+    total = sum(weight * loss(y, target) for weight, y in pairs)
+    assert isinstance(total, Tensor)
     teacher = F.log_softmax(exits[-1].detach() / temperature, dim=1)
     for logits in exits[:-1]:
         student = F.log_softmax(logits / temperature, dim=1)
         distance = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-        loss = loss + distil * temperature**2 * distance
-    return loss
+        total = total + distil * temperature**2 * distance
+    return total
 
 
 def geometric_shares(ratio: float, exits: int = 4) -> list[float]:

@@ -166,8 +166,8 @@ def train(mixer: str, images: dict[str, list[Tensor]], seed: int, steps: int) ->
         drop_path_rate=0.0,
     )
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(host.parameters(), lr=2e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(host.parameters(), lr=1e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=steps, pct_start=0.1)
     host.train()
     for _ in range(steps):
         crops, labels = _batch(images, 32, generator)

@@ -151,8 +151,7 @@ def run_case(case: Case, machine: Machine, device: torch.device, seconds: float 
     for name, time_ in _take_turns({c.name: both(c) for c in trained}, device, seconds).items():
         results[name].both = time_
     for contestant in trained:
-        measure = _peak_memory if device.type == "cuda" else _peak_memory_cpu
-        results[contestant.name].memory = measure(both(contestant), device)
+        results[contestant.name].memory = peak_memory(both(contestant), device)
     base = results[case.baseline]
     for result in results.values():
         if result.forward is not None and base.forward is not None:
@@ -201,7 +200,12 @@ def median_seconds(call: Callable[[], object], device: torch.device, seconds: fl
     return _take_turns({"": call}, device, seconds)[""]
 
 
-def _peak_memory(call: Callable[[], object], device: torch.device) -> int:
+def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
+    """Bytes that one call needs at most, beyond what is there before; None where that cannot be known."""
+    return _peak_memory_cuda(call, device) if device.type == "cuda" else _peak_memory_cpu(call)
+
+
+def _peak_memory_cuda(call: Callable[[], object], device: torch.device) -> int:
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -224,7 +228,7 @@ def _silent() -> Iterator[None]:
         os.close(nowhere)
 
 
-def _peak_memory_cpu(call: Callable[[], object], device: torch.device) -> int | None:
+def _peak_memory_cpu(call: Callable[[], object]) -> int | None:
     """Largest sum of what the allocator has handed out during the call, from the profiler's trace."""
     from torch.profiler import ProfilerActivity, profile
 

@@ -1,6 +1,6 @@
 """Benchmarks, ours beside a peer in one run: ``python -m tasks.bench [TASK ...] [--json FILE]``.
 
-A task's benchmarks are its modules ``tasks.<task>.bench_<section>``, each with ``rows() -> Iterator[BenchRow]``.
+Each section is a module with ``rows() -> Iterator[BenchRow]``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ from kernels.errors import InputError, unknown_name
 from tasks.common.bench import BenchRow
 from tasks.common.files import atomic_path
 
-SECTIONS = {"wsi_mil": ("training", "slides")}
+SECTIONS = {
+    "wsi_mil": {"training": "tasks.wsi_mil.bench_training", "slides": "tasks.wsi_mil.bench_slides"},
+    "backbones": {"throughput": "tasks.common.bench_backbones"},
+}
+"""The module of each section, by what is benchmarked."""
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tasks.bench", description="Time the toolkit beside its peers.")
     parser.add_argument("task", nargs="*", help=f"which task's benchmarks: {', '.join(SECTIONS)} (default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw what can be drawn (backbones) as PNG")
     chosen = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 160)
     try:
@@ -41,6 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if task not in SECTIONS:
                 raise unknown_name("task", task, SECTIONS)
         rows = [row for task in chosen.task or SECTIONS for row in _task_rows(task, console)]
+        if chosen.plot is not None:
+            from tasks.common.bench_backbones import plot
+
+            with atomic_path(chosen.plot) as path:
+                plot(rows, path)
         if chosen.json is not None:
             with atomic_path(chosen.json) as path:
                 path.write_text(json.dumps([asdict(row) | {"ratio": row.ratio} for row in rows], indent=2))
@@ -52,8 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _task_rows(task: str, console: Console) -> Iterator[BenchRow]:
     """Rows of every section of ``task``; each section's table is printed when it is complete."""
-    for section in SECTIONS[task]:
-        module = module_name(task, section)
+    for section, module in SECTIONS[task].items():
         if importlib.util.find_spec(module) is None:
             console.print(f"{task} {section}: absent, there is no {module}")
             continue
@@ -63,11 +72,6 @@ def _task_rows(task: str, console: Console) -> Iterator[BenchRow]:
             rows.append(row)
         console.print(table(f"{task} {section}", rows))
         yield from rows
-
-
-def module_name(task: str, section: str) -> str:
-    """Where a section's ``rows`` are."""
-    return f"tasks.{task}.bench_{section}"
 
 
 def table(title: str, rows: Sequence[BenchRow]) -> Table:

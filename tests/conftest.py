@@ -1,13 +1,20 @@
-"""Seeds for every test, and a cache folder that is the test session's own."""
+"""Seeds for every test, and folders that are the test session's own, shared by its workers."""
 
 import dataclasses
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does, before anything imports torch
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # there is a worker per core
+
+SESSION = "FOVEA_TEST_SESSION"
+"""Names the session's folder in the environment of its workers and of the processes that tests start."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -15,6 +22,15 @@ def pytest_configure(config: pytest.Config) -> None:
     expression = str(config.getoption("markexpr"))
     if "gpu" not in expression.replace("not gpu", ""):
         os.environ.setdefault("TRITON_INTERPRET", "1")
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        os.environ[SESSION] = tempfile.mkdtemp(prefix="fovea-tests-")
+    os.environ["FOVEA_CACHE"] = str(Path(os.environ[SESSION]) / "cache")
+
+
+def pytest_unconfigure() -> None:
+    """The session's folder goes with it."""
+    if "PYTEST_XDIST_WORKER" not in os.environ and SESSION in os.environ:
+        shutil.rmtree(os.environ.pop(SESSION), ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
@@ -30,11 +46,6 @@ def _quick_interpreter(request: pytest.FixtureRequest, monkeypatch: pytest.Monke
     if "triton.runtime.interpreter" in sys.modules and "overflow" not in request.node.name:
         builder = sys.modules["triton.runtime.interpreter"].interpreter_builder
         monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    os.environ["FOVEA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture

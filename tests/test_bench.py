@@ -5,8 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+import backbones
+from attention.mixer import Mixer
 from tasks import bench
+from tasks.common import bench_backbones
 from tasks.common.bench import BenchRow
 
 
@@ -23,8 +27,7 @@ def test_ratios_above_one_say_that_ours_is_better() -> None:
 def test_rows_are_printed_and_written(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(bench, "module_name", lambda task, section: __name__)
-    monkeypatch.setattr(bench, "SECTIONS", {"wsi_mil": ("training",)})
+    monkeypatch.setattr(bench, "SECTIONS", {"wsi_mil": {"training": __name__}})
     assert bench.main(["wsi_mil", "--json", str(tmp_path / "rows.json")]) == 0
     printed = capsys.readouterr().out
     for expected in ("50.0 ms", "100.0 ms", "2.00", "1,234 MB", "the peer", "90 tiles/s", "0.90"):
@@ -37,7 +40,7 @@ def test_rows_are_printed_and_written(
 def test_a_section_that_is_not_there_is_said_to_be_absent(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench, "SECTIONS", {"wsi_mil": ("nothing",)})
+    monkeypatch.setattr(bench, "SECTIONS", {"wsi_mil": {"nothing": "tasks.wsi_mil.bench_nothing"}})
     assert bench.main([]) == 0
     assert "wsi_mil nothing: absent, there is no tasks.wsi_mil.bench_nothing" in capsys.readouterr().out
 
@@ -58,3 +61,26 @@ def test_a_misspelt_task_is_answered_with_the_nearest(capsys: pytest.CaptureFixt
 )
 def test_quantities_are_short(value: float, unit: str, shown: str) -> None:
     assert bench.quantity(value, unit) == shown
+
+
+def test_backbones_are_timed_beside_timms_and_beside_their_released_attention(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FOVEA_BENCH_QUICK", "1")
+    monkeypatch.setattr(bench_backbones, "PAIRS", (bench_backbones.Pair("metaformer_tiny", "resnet18"),))
+    monkeypatch.setattr(bench_backbones, "RELEASED", ("nat_mini",))
+    assert bench.main(["backbones", "--json", str(tmp_path / "rows.json"), "--plot", str(tmp_path / "plot.png")]) == 0
+    found = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["peer_name"].split()[0] for row in found] == ["resnet18", "resnet18", "itself,", "itself,"]
+    assert all(row["ours"] > 0 and row["peer"] > 0 and row["peak_mb"] > 0 for row in found)
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_a_model_with_the_released_attention_gives_the_same_answers() -> None:
+    ours, peer = (backbones.create("nat_mini", depths=(1, 1, 1, 1), embed_dim=32).eval() for _ in range(2))
+    peer.load_state_dict(ours.state_dict())
+    replaced = sum(bench_backbones._use_released(m) for m in peer.modules() if isinstance(m, Mixer))
+    assert replaced == 4
+    x = torch.randn(1, 3, 224, 224)
+    with torch.inference_mode():
+        torch.testing.assert_close(peer(x), ours(x), rtol=1e-3, atol=1e-4)

@@ -10,7 +10,7 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -44,6 +44,8 @@ class Task:
         groups: configuration groups to list in ``--help``.
         examples: command lines to show, without ``python -m tasks.<name>``.
         adjust: may add overrides that follow from the others, such as the demo when no data are named.
+        help_files: files of conf/ whose options ``--help`` shows too.
+        choices: the names of a group that are for this task, where not all are.
     """
 
     name: str
@@ -52,6 +54,11 @@ class Task:
     examples: Sequence[tuple[str, str]]
     adjust: Callable[[list[str]], list[str]] = lambda overrides: overrides
     help_files: Sequence[str] = field(default_factory=tuple)
+    choices: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def choices_of(self, group: str) -> Sequence[str]:
+        """Names of a group that this task can use."""
+        return self.choices.get(group) or choices_of(group)
 
 
 def main(task: Task, arguments: Sequence[str] | None = None) -> int:
@@ -247,6 +254,8 @@ def _check_override(override: str, task: Task) -> None:
         if group == "attention" and not sign:
             raise InputError(f"attention is in no default; add it with a plus sign: +attention={value}")
         return
+    if group in task.choices and (strange := [v for v in value.split(",") if v not in task.choices[group]]):
+        raise unknown_name(group, strange[0], task.choices[group])
     added = sign.startswith("+") and group not in choices_of(None) and "." in key
     if sign == "+" and "." not in key and group not in choices_of(None):
         raise _unknown_key(key, task)
@@ -318,7 +327,7 @@ def choices_of(group: str | None) -> list[str]:
 def known_keys(task: Task) -> list[str]:
     """Every key of the task's configuration, dotted, whichever data set is chosen."""
     keys = set(_flat_defaults(task, ()))
-    for choice in choices_of("data") if "data" in task.groups else ():
+    for choice in task.choices_of("data") if "data" in task.groups else ():
         keys |= set(_flat_defaults(task, (f"data={choice}",)))
     return sorted(keys)
 
@@ -386,7 +395,7 @@ def help_text(task: Task) -> str:
     for group in task.groups:
         sign = "+" if group == "attention" else ""
         more = {"attention": "; or your own package.module:Class", "backbone": "; any timm name; package.module:Class"}
-        lines.append(f"  {sign}{group}: {', '.join(choices_of(group))}{more.get(group, '')}")
+        lines.append(f"  {sign}{group}: {', '.join(task.choices_of(group))}{more.get(group, '')}")
     lines += ["", "Options (key=value), with their defaults"]
     for name in ("common.yaml", f"{task.name}.yaml", *task.help_files):
         section, options = name.rpartition("/")[0], _option_lines((root / name).read_text())

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from kernels.errors import InputError
 
@@ -100,6 +102,25 @@ def safe_id(identifier: str, where: str) -> str:
             f"{where}: id {identifier!r} cannot be used as a file name; use letters, digits, '.', '_' and '-'."
         )
     return identifier
+
+
+def cache_folder() -> Path:
+    """Where files that can be made again are kept: ``$FOVEA_CACHE``, or ``fovea`` in the user's cache folder."""
+    if chosen := os.environ.get("FOVEA_CACHE"):
+        return Path(chosen).expanduser()
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "fovea"
+
+
+def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Write ``content`` as JSON, atomically; NaN and infinity are kept, as Python writes them."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, allow_nan=True))
 
 
 def _umask() -> int:

@@ -17,6 +17,7 @@ METRIC_LABELS = {
     "average_precision": "Average precision",
     "f1_macro": "F1 (macro)",
     "accuracy": "Accuracy",
+    "accuracy_top5": "Accuracy (top 5)",
     "subset_accuracy": "Subset accuracy",
     "balanced_accuracy": "Balanced accuracy",
     "kappa": "Cohen's κ",

@@ -65,14 +65,14 @@ class Run:
 
 
 @contextlib.contextmanager
-def open_run(cfg: DictConfig, folder: Path, inputs: Sequence[Path] = ()) -> Iterator[Run]:
+def open_run(cfg: DictConfig, folder: Path, inputs: Sequence[Path | bytes] = ()) -> Iterator[Run]:
     """Claim the folder for this configuration for as long as the block runs.
 
     When ``cfg.resume`` is set, ``folder`` is a dated one under ``outputs/<task>``, and an unfinished run of the
     same configuration lies there too, that one is continued instead. A folder that holds another run is refused.
 
     Args:
-        inputs: files whose contents are part of the configuration, such as the labels.
+        inputs: files whose contents are part of the configuration, such as the labels, or such contents themselves.
 
     Raises:
         InputError: the folder holds a run of another configuration, is in use, or cannot be written.
@@ -109,14 +109,14 @@ def open_run(cfg: DictConfig, folder: Path, inputs: Sequence[Path] = ()) -> Iter
         yield Run(chosen, resumed=record is not None)
 
 
-def _fingerprint(cfg: DictConfig, inputs: Sequence[Path]) -> str:
+def _fingerprint(cfg: DictConfig, inputs: Sequence[Path | bytes]) -> str:
     content = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(content, dict)
     for key in _NOT_PART_OF_A_RUN:
         content.pop(key, None)
     digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode())
-    for path in inputs:
-        digest.update(Path(path).read_bytes())
+    for item in inputs:
+        digest.update(item if isinstance(item, bytes) else Path(item).read_bytes())
     return digest.hexdigest()[:16]
 
 

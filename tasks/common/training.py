@@ -14,11 +14,12 @@ from typing import Any, Protocol
 import lightning as L
 import pandas as pd
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from kernels.errors import InputError
+from tasks.common.averaging import AverageLateWeights, ExponentialAverage
 from tasks.common.files import atomic_path, explain_os_errors
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ class Plan:
         patience: stop after this many epochs without improvement; None never stops.
         min_epochs: never stop before.
         average_from: from this share of the epochs on, keep the running average of the weights instead.
+        ema: keep the exponential moving average of the weights instead, with this decay per step; it begins quicker.
     """
 
     epochs: int
@@ -41,12 +43,17 @@ class Plan:
     patience: int | None = None
     min_epochs: int = 1
     average_from: float | None = None
+    ema: float | None = None
 
     def __post_init__(self) -> None:
         if self.epochs < 1:
             raise InputError(f"training.epochs={self.epochs} must be 1 or more.")
         if self.average_from is not None and self.select != "last":
             raise InputError("training.average_from keeps averaged weights and needs training.select=last.")
+        if self.ema is not None and not (0 < self.ema < 1):
+            raise InputError(f"training.ema={self.ema} must lie between 0 and 1, such as 0.999.")
+        if self.ema is not None and (self.select != "last" or self.average_from is not None):
+            raise InputError("training.ema keeps averaged weights: it needs training.select=last and no average_from.")
         if self.patience is not None and self.select == "last":
             raise InputError("training.patience needs a validation metric in training.select, such as val_loss.")
 
@@ -100,6 +107,8 @@ def fit(
     callbacks: list[Callback] = [SeedEpochs(seed, sampler), keep, history, StopOnNaN()]
     if plan.average_from is not None:
         callbacks.append(AverageLateWeights(math.floor(plan.average_from * plan.epochs)))
+    if plan.ema is not None:
+        callbacks.append(ExponentialAverage(plan.ema))
     # Written last, so that it holds what the callbacks above did in the epoch.
     callbacks.append(
         ModelCheckpoint(
@@ -268,16 +277,17 @@ class StopOnNaN(Callback):
             )
 
 
-class AverageLateWeights(WeightAveraging):
-    """Equal average of the weights after each epoch from ``first`` on (SWA, arXiv 1803.05407)."""
+def check_accelerator(options: Mapping[str, Any]) -> None:
+    """Refuse an accelerator that this machine has not, before anything is written.
 
-    def __init__(self, first: int) -> None:
-        super().__init__()
-        self.first = first
-
-    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
-        """Whether the average takes in the weights now."""
-        return epoch_idx is not None and epoch_idx >= self.first
+    Raises:
+        InputError: ``trainer.accelerator`` asks for a GPU and there is none.
+    """
+    wanted = str(options.get("accelerator", "auto"))
+    there = {"gpu": torch.cuda.is_available() or torch.backends.mps.is_available()}
+    there |= {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(wanted, True):
+        raise InputError(f"trainer.accelerator={wanted}: this machine has no such device; use auto or cpu.")
 
 
 def _epochs_in(checkpoint: Path) -> int:

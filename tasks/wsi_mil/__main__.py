@@ -71,6 +71,7 @@ TASK = Task(
     groups=("attention", "backbone", "data", "trainer", "kernels"),
     examples=EXAMPLES,
     adjust=demo_when_no_data_are_named,
+    choices={"data": ("cohort", "demo", "mil_benchmark")},
     help_files=("data/cohort.yaml", "predict/default.yaml", "kernels/auto.yaml"),
 )
 

@@ -15,12 +15,13 @@ from omegaconf import DictConfig, OmegaConf
 import attention
 from kernels.errors import InputError
 from tasks.common.crossval import Fold
+from tasks.common.folds import only_these
 from tasks.common.runs import open_run
 from tasks.wsi_mil.data import Case, Cohort, FeatureCache
 from tasks.wsi_mil.features import BagInfo
 from tasks.wsi_mil.results import chosen_attention
 from tasks.wsi_mil.targets import Target, infer_kind
-from tasks.wsi_mil.train import cross_validate, only_these, plan_folds
+from tasks.wsi_mil.train import cross_validate, plan_folds
 
 log = logging.getLogger(__name__)
 

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from attention.pooling import PooledBags
 from kernels.errors import InputError
-from tasks.common.crossval import Fold
-from tasks.common.files import atomic_path
+from tasks.common.checkpoints import find_checkpoints, read_model, write_model
 from tasks.wsi_mil.model import SlideModel
 from tasks.wsi_mil.targets import Target
 
-FILE_NAME = "model.safetensors"
-_HEADER = "fovea_wsi_mil"
+_TASK = "wsi_mil"
 
 
 @dataclass(frozen=True)
@@ -150,9 +144,7 @@ def attention_weights(bags: PooledBags, cu_seqlens: Tensor) -> Tensor:
 
 def save_checkpoint(path: Path, model: SlideModel, description: Description) -> None:
     """Write ``model`` with its description, atomically."""
-    header = {_HEADER: json.dumps({**asdict(description), "target": asdict(description.target)}, sort_keys=True)}
-    with atomic_path(path) as temporary:
-        save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, temporary, metadata=header)
+    write_model(path, model.state_dict(), _TASK, {**asdict(description), "target": asdict(description.target)})
 
 
 def load_checkpoint(path: Path) -> tuple[SlideModel, Description]:
@@ -161,17 +153,7 @@ def load_checkpoint(path: Path) -> tuple[SlideModel, Description]:
     Raises:
         InputError: the file is missing, damaged, or not a slide classifier of ours.
     """
-    if not path.is_file():
-        raise InputError(f"checkpoint {path} does not exist; give a run folder, a fold folder or a {FILE_NAME}.")
-    try:
-        with safe_open(path, framework="pt") as handle:
-            header = (handle.metadata() or {}).get(_HEADER)
-            state = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"checkpoint {path} cannot be read ({error}); it may be cut short: copy it again.") from error
-    if header is None:
-        raise InputError(f"checkpoint {path} was not written by tasks.wsi_mil; give the {FILE_NAME} of a training run.")
-    fields = json.loads(header)
+    state, fields = read_model(path, _TASK)
     target = fields.pop("target")
     weights = target["weights"]
     description = Description(
@@ -180,31 +162,6 @@ def load_checkpoint(path: Path) -> tuple[SlideModel, Description]:
     model = description.build()
     model.load_state_dict(state)
     return model.eval(), description
-
-
-def fold_name(fold: Fold) -> str:
-    """Folder of a fold inside its run; :func:`find_checkpoints` looks for these."""
-    return f"fold_{fold.index:02d}"
-
-
-def hashed(case_id: str) -> str:
-    """A short hash of an id: tells later whether a case was trained on without carrying the id along."""
-    return hashlib.sha256(case_id.encode()).hexdigest()[:16]
-
-
-def find_checkpoints(path: Path) -> list[Path]:
-    """The model files meant by a path: the file itself, a fold's, or those of all folds of a run."""
-    path = Path(path)
-    if not path.exists():
-        raise InputError(f"checkpoint={path} does not exist; give a run folder, a fold folder or a {FILE_NAME}.")
-    if path.is_file():
-        return [path]
-    found = [path / FILE_NAME] if (path / FILE_NAME).is_file() else sorted(path.glob(f"fold_*/{FILE_NAME}"))
-    if not found:
-        raise InputError(
-            f"checkpoint={path} holds no {FILE_NAME} and no finished fold; train first, or give another folder."
-        )
-    return found
 
 
 def load_classifier(path: Path) -> SlideClassifier:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from kernels.errors import InputError, unknown_name
 from tasks.common.files import safe_id
+from tasks.common.samplers import EpochSampler
 from tasks.wsi_mil.features import BagInfo, find_bags, read_features
 from tasks.wsi_mil.labels import LabelTable, encode_labels, join_features, read_labels, some
 from tasks.wsi_mil.targets import Target
@@ -233,33 +234,6 @@ def pack(items: Sequence[tuple[Tensor, Tensor, int]]) -> PackedBatch:
     return PackedBatch(
         joined, lengths.cumsum(0), torch.stack([item[1] for item in items]), torch.tensor([item[2] for item in items])
     )
-
-
-class EpochSampler(Sampler[tuple[int, int]]):
-    """Shuffles, or draws with weights, from a seed and the epoch: a resumed run sees the same order.
-
-    Yields pairs of an index and a seed for what is drawn inside the bag.
-
-    ``current_epoch`` is set by :class:`tasks.common.training.SeedEpochs`.
-    """
-
-    def __init__(self, length: int, seed: int, weights: Sequence[float] | None = None) -> None:
-        self.length = length
-        self.seed = seed
-        self.weights = None if weights is None else torch.tensor(weights, dtype=torch.double)
-        self.current_epoch: Callable[[], int] = lambda: 0
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.current_epoch())
-        if self.weights is None:
-            order = torch.randperm(self.length, generator=generator)
-        else:
-            order = torch.multinomial(self.weights, self.length, replacement=True, generator=generator)
-        seeds = torch.randint(2**62, (self.length,), generator=generator)
-        return iter(list(zip(order.tolist(), seeds.tolist(), strict=True)))
 
 
 def make_loader(

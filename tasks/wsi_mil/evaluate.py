@@ -11,12 +11,13 @@ from typing import Any
 from omegaconf import DictConfig
 
 from kernels.errors import InputError
+from tasks.common.checkpoints import find_checkpoints, hashed
 from tasks.common.devices import device_for
 from tasks.common.files import atomic_path
 from tasks.common.report import Report
-from tasks.wsi_mil.checkpoint import find_checkpoints, hashed, load_checkpoint, load_classifier
+from tasks.common.result_report import add_figures, key_figures, metrics_table, prediction_figures
+from tasks.wsi_mil.checkpoint import load_checkpoint, load_classifier
 from tasks.wsi_mil.data import Case, Cohort, load_cohort, make_cache
-from tasks.wsi_mil.report import add_figures, key_figures, metrics_table, prediction_figures
 from tasks.wsi_mil.results import predict_cases, summarise
 from tasks.wsi_mil.targets import Target
 

@@ -22,10 +22,11 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from kernels.errors import InputError
+from tasks.common.checkpoints import find_checkpoints
 from tasks.common.devices import device_for
 from tasks.common.files import atomic_path
 from tasks.common.runs import open_run
-from tasks.wsi_mil.checkpoint import SlideClassifier, SlidePrediction, find_checkpoints, load_classifier
+from tasks.wsi_mil.checkpoint import SlideClassifier, SlidePrediction, load_classifier
 from tasks.wsi_mil.features import (
     BagInfo,
     TileCoords,

@@ -83,18 +83,6 @@ class Target:
         return (probabilities > 0.5).long() if self.kind == "multilabel" else probabilities.argmax(1)
 
 
-def balanced_weights(kind: Kind, targets: Tensor, num_classes: int) -> tuple[float, ...]:
-    """Class weights inversely proportional to frequency, with mean 1 over the given targets.
-
-    ``targets`` are class indices (n,), or a 0/1 matrix (n, labels), whose labels are weighted by their own rarity.
-    """
-    counts = targets.sum(0) if kind == "multilabel" else torch.bincount(targets, minlength=num_classes)
-    counts = counts.double().clamp_min(1)
-    weights = counts.sum() / counts
-    weights = weights / ((weights * counts).sum() / counts.sum())
-    return tuple(weights.tolist())
-
-
 def infer_kind(requested: str, classes: Sequence[str], num_label_columns: int) -> Kind:
     """The kind of target: as requested, or from the labels when ``requested`` is 'auto'."""
     if requested != "auto":

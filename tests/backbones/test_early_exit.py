@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 
@@ -43,6 +44,12 @@ def test_the_last_exit_learns_nothing_from_its_pupils() -> None:
     exits = [torch.randn(3, 4, requires_grad=True) for _ in range(4)]
     exit_loss(exits, torch.tensor([0, 1, 2]), weights=(1, 1, 1, 0)).backward()
     assert exits[3].grad is not None and not exits[3].grad.any()
+
+
+def test_any_number_of_exits_and_any_loss_will_do() -> None:
+    logits, target = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
+    smooth = functools.partial(F.cross_entropy, label_smoothing=0.1)
+    torch.testing.assert_close(exit_loss([logits, logits], target, loss=smooth), 2 * smooth(logits, target))
 
 
 def test_shares_of_the_samples_leave_at_each_exit() -> None:

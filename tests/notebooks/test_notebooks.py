@@ -51,6 +51,17 @@ def test_the_slide_notebook_goes_from_slides_to_a_heat_map(tmp_path: Path, monke
     assert (tmp_path / "run" / "report.html").is_file()
 
 
+@pytest.mark.slow
+def test_the_classification_notebook_compares_modules_at_their_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notebook = executed(ROOT / "notebooks" / "classification.ipynb", tmp_path, monkeypatch)
+    found = re.search(r"accuracy of mean colours: ([\d.]+)", text_of(notebook))
+    assert found is not None and 0 < float(found[1]) < 1
+    assert pictures_in(notebook) == 3
+    assert (tmp_path / "sweep" / "comparison.csv").is_file()
+
+
 def test_every_notebook_is_run_by_a_test_here() -> None:
     assert NOTEBOOKS
     source = Path(__file__).read_text()

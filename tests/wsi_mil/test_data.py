@@ -9,7 +9,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from kernels.errors import InputError
-from tasks.wsi_mil.data import BagDataset, EpochSampler, FeatureCache, load_cohort, load_features, make_loader, pack
+from tasks.common.samplers import EpochSampler
+from tasks.wsi_mil.data import BagDataset, FeatureCache, load_cohort, load_features, make_loader, pack
 from tasks.wsi_mil.features import write_bag
 
 DIM = 6

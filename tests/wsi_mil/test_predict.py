@@ -17,8 +17,9 @@ from PIL import Image
 
 from backbones import create_encoder
 from kernels.errors import InputError
+from tasks.common.checkpoints import FILE_NAME
 from tasks.wsi_mil import predict
-from tasks.wsi_mil.checkpoint import FILE_NAME, Description, load_classifier, save_checkpoint
+from tasks.wsi_mil.checkpoint import Description, load_classifier, save_checkpoint
 from tasks.wsi_mil.extract import weights_fingerprint
 from tasks.wsi_mil.features import find_bags, read_features, write_bag
 from tasks.wsi_mil.predict_inputs import find_inputs

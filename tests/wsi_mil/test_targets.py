@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels.errors import InputError
-from tasks.wsi_mil.targets import Target, balanced_weights, infer_kind
+from tasks.common.balance import balanced_weights
+from tasks.wsi_mil.targets import Target, infer_kind
 
 
 def test_multiclass_loss_is_the_negative_log_probability_of_the_class() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kernels.errors import InputError
-from tasks.common.files import atomic_path, explain_os_errors
+from tasks.common.files import atomic_path, cache_folder, explain_os_errors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -108,19 +108,6 @@ def make_cohort(
     _write_json(folder / _COMPLETE, {**asdict(parameters), "complete": True})
     log.info("made %d demo slides in %s", len(todo), folder)
     return cohort
-
-
-def cache_folder() -> Path:
-    """Where files that can be made again are kept: ``$FOVEA_CACHE``, or ``fovea`` in the user's cache folder."""
-    if chosen := os.environ.get("FOVEA_CACHE"):
-        return Path(chosen).expanduser()
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "fovea"
 
 
 def _check(parameters: _Parameters) -> None:

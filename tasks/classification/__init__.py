@@ -1,0 +1,1 @@
+"""Image classification: any backbone with any attention module, compared on your own images."""

@@ -1,0 +1,174 @@
+"""Images per second of each backbone beside timm's model of about its size, and beside its attention as released.
+
+Inference and training steps at 224 and 512 pixels. Peers: timm's twin where there is one, else timm's model that is
+nearest in parameters; for the models whose attention is the point, the same model with the released formulation of its
+attention (the repository's tests hold it) in place of ours.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MethodType
+
+import torch
+from torch import Tensor, nn
+
+import backbones
+from attention.mixer import Mixer
+from backbones.published import published
+from tasks.common.bench import BenchRow, median_times
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A backbone and timm's model beside it; ``twin`` when that is the same network but for the attention."""
+
+    ours: str
+    peer: str
+    twin: bool = False
+
+
+PAIRS = (
+    Pair("biformer_tiny", "pvt_v2_b1"),
+    Pair("biformer_stl", "swin_tiny_patch4_window7_224"),
+    Pair("nat_mini", "pvt_v2_b1"),
+    Pair("dinat_tiny", "swin_tiny_patch4_window7_224"),
+    Pair("overlock_xtiny", "pvt_v2_b1"),
+    Pair("metaformer_tiny", "pvt_v2_b1"),
+    Pair("mavit_tiny", "pvt_v2_b1"),
+    Pair("l2vit_tiny", "swin_tiny_patch4_window7_224"),
+    Pair("agent_swin_tiny", "swin_tiny_patch4_window7_224", twin=True),
+    Pair("inline_swin_tiny", "swin_tiny_patch4_window7_224", twin=True),
+    Pair("gcvit_any_xxtiny", "gcvit_xxtiny", twin=True),
+)
+RELEASED = ("biformer_tiny", "nat_mini", "dinat_mini")
+"""Models that are also timed with the released formulation of their attention."""
+LARGEST = 512
+
+
+def rows() -> Iterator[BenchRow]:
+    """One row per backbone, size and direction; sizes and repeats shrink with ``FOVEA_BENCH_QUICK=1``."""
+    quick = os.environ.get("FOVEA_BENCH_QUICK", "0") == "1"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sizes = ((64, 1),) if quick else ((224, 1), (224, 8), (LARGEST, 1))
+    known = set(backbones.available())
+    for pair in (p for p in PAIRS if {p.ours, p.peer} <= known):
+        for pixels, batch in sizes:
+            yield from _compare(pair, pixels, batch, device, 1 if quick else 3)
+    for name in (n for n in RELEASED if n in known):
+        pixels, batch = (64, 1) if quick else (224, 2)
+        yield from _beside_released(name, pixels, batch, device, 1 if quick else 5)
+
+
+def plot(measured: Sequence[BenchRow], path: Path) -> None:
+    """Draw published top-1 accuracy over the measured rate of inference, for the largest batch at 224 pixels."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    points: dict[str, tuple[float, float, bool]] = {}
+    for row in measured:
+        if "224 px, batch 8, inference" not in row.name:
+            continue
+        for name, rate, is_ours in ((row.name.split()[0], row.ours, True), (row.peer_name.split()[0], row.peer, False)):
+            top1 = published(name).top1
+            if top1 is not None:
+                points[name] = (rate, top1, is_ours)
+    figure, axis = plt.subplots(figsize=(6.4, 4))
+    for name, (rate, top1, is_ours) in points.items():
+        colour = "#0072b2" if is_ours else "0.5"
+        axis.plot(rate, top1, "o", color=colour)
+        axis.annotate(name, (rate, top1), textcoords="offset points", xytext=(5, 3), fontsize=7, color=colour)
+    axis.set(xscale="log", xlabel="images per second, 224 px, batch 8, inference", ylabel="published top-1, %")
+    axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130, format="png")
+    plt.close(figure)
+
+
+def _compare(pair: Pair, pixels: int, batch: int, device: torch.device, repeats: int) -> Iterator[BenchRow]:
+    ours, peer = (_build(name, pixels).to(device) for name in (pair.ours, pair.peer))
+    what = "timm's twin" if pair.twin else "timm, of similar size"
+    yield from _timed(pair.ours, ours, peer, f"{pair.peer} ({what})", pixels, batch, repeats)
+
+
+def _beside_released(name: str, pixels: int, batch: int, device: torch.device, repeats: int) -> Iterator[BenchRow]:
+    ours, peer = (_build(name, pixels).to(device) for _ in range(2))
+    replaced = sum(_use_released(module) for module in peer.modules() if isinstance(module, Mixer))
+    if replaced:
+        peer_name = "itself, attention as released"
+        yield from _timed(name, ours, peer, peer_name, pixels, batch, repeats)
+
+
+def _timed(
+    name: str, ours: nn.Module, peer: nn.Module, peer_name: str, pixels: int, batch: int, repeats: int
+) -> Iterator[BenchRow]:
+    device = next(ours.parameters()).device
+    images = torch.randn(batch, 3, pixels, pixels, device=device)
+    for direction, step in (("inference", _inference), ("training step", _training)):
+        times = median_times({"ours": step(ours, images), "peer": step(peer, images)}, repeats)
+        title = f"{name} {pixels} px, batch {batch}, {direction}"
+        rates = {who: batch / seconds for who, seconds in times.items()}
+        yield BenchRow(title, rates["ours"], rates["peer"], peer_name, "images/s", _peak(step(ours, images), device))
+
+
+def _inference(model: nn.Module, images: Tensor) -> Callable[[], object]:
+    def run() -> None:
+        model.eval()
+        with torch.inference_mode():
+            model(images)
+        _wait(images.device)
+
+    return run
+
+
+def _training(model: nn.Module, images: Tensor) -> Callable[[], object]:
+    def run() -> None:
+        model.train()
+        model.zero_grad(set_to_none=True)
+        model(images).square().mean().backward()
+        _wait(images.device)
+
+    return run
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _peak(call: Callable[[], object], device: torch.device) -> float | None:
+    """Peak memory of one call in MB, weights included, on a GPU; what a CPU's call allocates, by the profiler."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    from kernels.measure import peak_memory
+
+    found = peak_memory(call, device)
+    return None if found is None else found / 1e6
+
+
+def _build(name: str, pixels: int) -> nn.Module:
+    torch.manual_seed(0)
+    return backbones.create(name, img_size=pixels)
+
+
+def _use_released(mixer: Mixer) -> bool:
+    """Let the mixer compute by the released formulation; whether there is one."""
+    place = f"tests.attention.released.{mixer.name}"
+    try:
+        found = importlib.util.find_spec(place)
+    except ModuleNotFoundError:
+        return False
+    if found is None:
+        return False
+    run = importlib.import_module(place).released(mixer)
+    mixer.forward = MethodType(lambda self, x, *_, **__: run(x), mixer)  # type: ignore[method-assign]
+    return True
