@@ -21,10 +21,15 @@ class Cross(nn.Module):
     ``num_heads`` first.
     """
 
-    name: ClassVar[str] = ""  # set by the registry
+    name: ClassVar[str] = ""
+    """As registered; a class that is not has its own name."""
     about: ClassVar[About]
     takes_choices: ClassVar[bool] = False
     """Whether it selects, so that a small change of the input may change the output at once."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.name = cls.__dict__.get("name", cls.__name__)
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()

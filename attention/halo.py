@@ -20,6 +20,7 @@ from attention.cost import Part, attend, projection
 from attention.layout import split_heads, weights_of
 from attention.masking import blank, hide_keys
 from attention.mixer import Mixer
+from attention.parameters import Probability
 from attention.registry import register
 from kernels.errors import InputError, unknown_name
 
@@ -235,7 +236,7 @@ class HaloAttention(Mixer):
         head_dim: int | None = None,
         qkv_bias: bool = False,
         scale_positions: bool | None = None,
-        proj_drop: float = 0.0,
+        proj_drop: Probability = 0.0,
     ) -> None:
         super().__init__(dim, num_heads)
         self.layer = HaloLayer(
