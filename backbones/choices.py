@@ -109,6 +109,11 @@ def spoken(entry: Any) -> str:
     return entry if isinstance(entry, str) else getattr(entry, "name", type(entry).__name__)
 
 
+def _shown(entry: Any) -> str:
+    """What was given, in one line: modules print many."""
+    return f"a {type(entry).__name__}" if isinstance(entry, nn.Module) else repr(entry)
+
+
 def _host_kinds(entry: Any) -> list[HostKind]:
     choose(entry)  # refuses what is neither
     exists = registry.kinds_of(_module_and_params(entry)[0])
@@ -121,6 +126,6 @@ def _module_and_params(entry: Any) -> tuple[str | type[nn.Module], dict[str, Any
     if isinstance(entry, Mapping) and isinstance(entry.get("name"), str | type):
         return entry["name"], {key: value for key, value in entry.items() if key != "name"}
     raise InputError(
-        f"attention={entry!r} is not understood, it names no mixer and no gate; give a name, package.module:Class, a "
-        "mapping with 'name', or a list with one of these per stage."
+        f"attention={_shown(entry)} is not understood, it names no mixer and no gate; give a name, "
+        "package.module:Class, a mapping with 'name', or a list with one of these per stage."
     )

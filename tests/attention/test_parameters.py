@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import attention
+from attention.__main__ import main
 from attention.mixer import Mixer
 from attention.parameters import check_parameters
 from attention.registry import build_in_block
@@ -160,3 +161,23 @@ def test_names_that_could_not_be_found_again_are_not_registered() -> None:
 def test_what_is_no_name_is_answered_in_one_sentence(name: Any) -> None:
     with pytest.raises(InputError, match=r"takes a name, package\.module:Class or a class"):
         attention.create(name, dim=8)
+
+
+class Bare(nn.Module):
+    """A mixer that derives from nothing of ours."""
+
+    kind: ClassVar[str] = "mixer"
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return x * self.scale
+
+
+@pytest.mark.parametrize("name", ["Mine", "Bare"])
+def test_a_class_of_ones_own_is_shown_without_costs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", f"{__name__}:{name}", "--dim", "8", "--heads", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "no method cost(shape)" in shown and "A m" in shown
