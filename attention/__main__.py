@@ -92,9 +92,14 @@ def _show(chosen: argparse.Namespace, console: Console) -> None:
     console.print(inspect.getdoc(cls) or "", markup=False, highlight=False)
     console.print()
     console.print(_parameter_table(module))
-    sizes = _grid(chosen.size, kind, module)
-    shape = (chosen.batch, *sizes)
-    parts = module.cost(shape)  # type: ignore[operator]
+    shape = (chosen.batch, *_grid(chosen.size, name, kind, getattr(module, "grids", (2,))))
+    try:
+        parts = module.cost(shape) if hasattr(module, "cost") else None  # type: ignore[operator]
+    except NotImplementedError:
+        parts = None
+    if parts is None:  # a class of the user's own may do without
+        console.print("\nIt has no method cost(shape), from which operations and bytes would follow.")
+        return
     costs = Table(title=f"\ncost at {' x '.join(map(str, shape))}, float32", title_justify="left", show_edge=False)
     for column in ("step", "GFLOP", "MB at least", "FLOP per byte"):
         costs.add_column(column, justify="left" if column == "step" else "right")
@@ -119,9 +124,9 @@ def _numbers(flops: float, size: float) -> tuple[str, str, str]:
     return f"{flops / 1e9:.4g}", f"{size / 1e6:.4g}", f"{flops / max(size, 1):.3g}"
 
 
-def _grid(text: str | None, kind: Kind, module: nn.Module) -> tuple[int, ...]:
+def _grid(text: str | None, name: str, kind: Kind, axes_taken: tuple[int, ...]) -> tuple[int, ...]:
     """The sizes behind the batch: a grid, queries and tokens, or instances."""
-    grids: tuple[int, ...] = {"cross": (2,), "pooling": (1,)}.get(kind) or module.grids  # type: ignore[assignment]
+    grids = {"cross": (2,), "pooling": (1,)}.get(kind, axes_taken)
     axes = 2 if 2 in grids else grids[0]
     if text is None:
         return {1: (1000,), 2: (16, 1024) if kind == "cross" else (56, 56), 3: (16, 16, 16)}[axes]
@@ -131,7 +136,7 @@ def _grid(text: str | None, kind: Kind, module: nn.Module) -> tuple[int, ...]:
         sizes = ()
     if len(sizes) not in grids or min(sizes, default=0) < 1:
         forms = " or ".join({1: "1000", 2: "56x56", 3: "16x16x16"}[n] for n in grids)
-        raise InputError(f"--size {text}: attention '{module.name}' takes sizes such as {forms}.")
+        raise InputError(f"--size {text}: attention '{name}' takes sizes such as {forms}.")
     return sizes
 
 

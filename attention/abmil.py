@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from attention.about import About
 from attention.cost import Part, elementwise, projection
+from attention.parameters import Positive, Probability
 from attention.pooling import (
     PooledBags,
     Pooler,
@@ -51,11 +52,11 @@ class ABMIL(Pooler):
 
     def __init__(
         self,
-        dim: int,
-        num_classes: int,
-        hidden_dim: int | None = None,
-        attention_dim: int = 128,
-        dropout: float = 0.0,
+        dim: Positive,
+        num_classes: Positive,
+        hidden_dim: Positive | None = None,
+        attention_dim: Positive = 128,
+        dropout: Probability = 0.0,
         act: Literal["relu", "gelu"] = "relu",
         input_bias: bool = True,
         norm: Literal["batch"] | None = None,

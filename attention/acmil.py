@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from attention.abmil import attention_cost, attention_weights
 from attention.about import About
 from attention.cost import Part, projection
+from attention.parameters import Count, NotNegative, Positive, Probability
 from attention.pooling import (
     Objective,
     PooledBags,
@@ -163,19 +164,19 @@ class ACMIL(ChallengedPooler):
 
     def __init__(
         self,
-        dim: int,
-        num_classes: int,
-        hidden_dim: int | None = None,
-        attention_dim: int = 128,
-        num_branches: int = 5,
-        num_masked: int = 10,
-        mask_drop: float = 0.6,
-        semantic_weight: float = 1.0,
-        diversity_weight: float = 1.0,
-        bag_weight: float = 1.0,
-        entropy_weight: float = 0.0,
-        entropy_top_k: int | None = None,
-        dropout: float = 0.0,
+        dim: Positive,
+        num_classes: Positive,
+        hidden_dim: Positive | None = None,
+        attention_dim: Positive = 128,
+        num_branches: Positive = 5,
+        num_masked: Count = 10,
+        mask_drop: Probability = 0.6,
+        semantic_weight: NotNegative = 1.0,
+        diversity_weight: NotNegative = 1.0,
+        bag_weight: NotNegative = 1.0,
+        entropy_weight: NotNegative = 0.0,
+        entropy_top_k: Positive | None = None,
+        dropout: Probability = 0.0,
     ) -> None:
         super().__init__(
             dim,

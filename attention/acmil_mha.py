@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from attention.about import About
 from attention.acmil import ChallengedPooler
 from attention.cost import Part, projection
+from attention.parameters import Count, NotNegative, Positive, Probability
 from attention.pooling import PooledBags, check_features, join, numbered, rename, strip_wrappers, weighted_sums
 from attention.registry import register
 from kernels.dense import linear
@@ -43,19 +44,19 @@ class ACMILMultiHead(ChallengedPooler):
 
     def __init__(
         self,
-        dim: int,
-        num_classes: int,
-        hidden_dim: int | None = None,
-        num_heads: int = 8,
-        num_branches: int = 5,
-        num_masked: int = 10,
-        mask_drop: float = 0.6,
-        semantic_weight: float = 1.0,
-        diversity_weight: float = 1.0,
-        bag_weight: float = 1.0,
-        entropy_weight: float = 0.0,
-        entropy_top_k: int | None = None,
-        dropout: float = 0.1,
+        dim: Positive,
+        num_classes: Positive,
+        hidden_dim: Positive | None = None,
+        num_heads: Positive = 8,
+        num_branches: Positive = 5,
+        num_masked: Count = 10,
+        mask_drop: Probability = 0.6,
+        semantic_weight: NotNegative = 1.0,
+        diversity_weight: NotNegative = 1.0,
+        bag_weight: NotNegative = 1.0,
+        entropy_weight: NotNegative = 0.0,
+        entropy_top_k: Positive | None = None,
+        dropout: Probability = 0.1,
     ) -> None:
         super().__init__(
             dim,

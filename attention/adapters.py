@@ -7,7 +7,6 @@ replaced here by any registered mixer that takes the volume's axes; MONAI itself
 from __future__ import annotations
 
 import importlib
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from attention.mixer import Mixer
-from attention.registry import available, class_of, create
+from attention.registry import available, build_in_block, class_of
 from attention.softmax_cross import SoftmaxCross
 from kernels.errors import InputError
 
@@ -162,11 +161,8 @@ def _make(name: str, dim: int, heads: int, grid: Sequence[int] | None, index: in
     cls = class_of(name, "mixer")
     assert issubclass(cls, Mixer)
     _check_axes(name, cls.grids, grid)
-    chosen = cls.for_block(params, index)
     known = {"num_heads": heads} | ({} if grid is None else {"input_size": tuple(grid), "axes": len(grid)})
-    for key in known.keys() & inspect.signature(cls).parameters.keys():
-        chosen.setdefault(key, known[key])
-    mixer = create(name, kind="mixer", dim=dim, **chosen)
+    mixer = build_in_block(cls, name, index, dim=dim, offers=known, params=params)
     assert isinstance(mixer, Mixer)
     return mixer
 

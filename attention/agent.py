@@ -26,6 +26,7 @@ from attention.layout import heads_first, heads_last, split_heads, to_channels_f
 from attention.masked_mean import adaptive_mean
 from attention.masking import blank
 from attention.mixer import Mixer
+from attention.parameters import Probability
 from attention.prefix import grid_behind
 from attention.registry import register
 from attention.resizing import resize
@@ -77,8 +78,8 @@ class AgentAttention(Mixer):
         sr_ratio: int = 1,
         scale_power: float = -0.5,
         qkv_bias: bool = True,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
+        attn_drop: Probability = 0.0,
+        proj_drop: Probability = 0.0,
     ) -> None:
         super().__init__(dim, num_heads)
         size = tuple(input_size)

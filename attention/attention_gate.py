@@ -21,6 +21,7 @@ from attention.about import About
 from attention.conv_norm import fold, pointwise_norm
 from attention.cost import Part, elementwise, projection
 from attention.gate import Gate
+from attention.parameters import NotNegative
 from attention.registry import register
 from kernels.errors import InputError, unknown_name
 
@@ -70,7 +71,7 @@ class AttentionGate(Gate):
         merge: str = "concatenation",
         resolution: str = "map",
         norm: bool = True,
-        norm_eps: float = 1e-3,
+        norm_eps: NotNegative = 1e-3,
     ) -> None:
         super().__init__(dim)
         if merge not in MERGES:

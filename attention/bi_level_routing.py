@@ -19,6 +19,7 @@ from attention.cost import Part, depthwise, projection
 from attention.layout import heads_first, heads_last, split_heads, to_channels_first, to_channels_last, weights_of
 from attention.masking import blank, hide_keys, key_mask
 from attention.mixer import Mixer
+from attention.parameters import Probability
 from attention.region_pooling import POOLINGS, check_pooling, pool_regions, region_means
 from attention.registry import register
 from attention.window import two_sides, weights_on_map
@@ -95,7 +96,7 @@ class BiLevelRoutingAttention(Mixer):
         out_proj: bool = True,
         padding: str = "hide",
         small_maps: str = "adapt",
-        proj_drop: float = 0.0,
+        proj_drop: Probability = 0.0,
     ) -> None:
         super().__init__(dim, num_heads)
         for option, value, known in (

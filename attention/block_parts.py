@@ -29,6 +29,8 @@ def depthwise_each(x: Tensor, kernels: Tensor) -> Tensor:
     Args:
         kernels: (B, C, *taps) with odd taps, over the last axes of the grid.
     """
+    if not len(x):  # convolutions have at least one group
+        return x * kernels.sum()
     axes = x.dim() - 2
     taps = (1,) * (axes + 2 - kernels.dim()) + kernels.shape[2:]
     maps = x.movedim(-1, 1).flatten(0, 1)[None]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from attention.abmil import attention_cost, attention_weights
 from attention.about import About
 from attention.cost import Part, projection
+from attention.parameters import NotNegative, Positive, Probability
 from attention.pooling import (
     Objective,
     PooledBags,
@@ -207,16 +208,16 @@ class CLAMSingleBranch(CLAM):
 
     def __init__(
         self,
-        dim: int,
-        num_classes: int,
-        hidden_dim: int = 512,
-        attention_dim: int | None = None,
+        dim: Positive,
+        num_classes: Positive,
+        hidden_dim: Positive = 512,
+        attention_dim: Positive | None = None,
         size: Literal["small", "big"] = "small",
         gate: bool = True,
-        dropout: float = 0.25,
-        num_samples: int = 8,
+        dropout: Probability = 0.25,
+        num_samples: Positive = 8,
         subtyping: bool = False,
-        bag_weight: float = 0.7,
+        bag_weight: NotNegative = 0.7,
         instance_loss: Literal["ce", "svm"] = "ce",
     ) -> None:
         super().__init__(

@@ -21,10 +21,15 @@ class Cross(nn.Module):
     ``num_heads`` first.
     """
 
-    name: ClassVar[str] = ""  # set by the registry
+    name: ClassVar[str] = ""
+    """As registered; a class that is not has its own name."""
     about: ClassVar[About]
     takes_choices: ClassVar[bool] = False
     """Whether it selects, so that a small change of the input may change the output at once."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.name = cls.__dict__.get("name", cls.__name__)
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -51,7 +56,8 @@ class Cross(nn.Module):
             options: of the module, see its :meth:`read`.
 
         Returns:
-            (B, M, C), 0 for an item without any real token to read; on request also the weights (B, heads, M, N).
+            (B, M, C), 0 for an item without any real token to read; on request also the weights
+            (B, heads, M, N), 0 there as well.
 
         Raises:
             InputError: shapes do not fit.
@@ -69,7 +75,9 @@ class Cross(nn.Module):
             )
         out, weights = self.read(q, blank(kv, mask), mask, return_attention, **options)
         if mask is not None:
-            out = out.masked_fill(~mask.any(1)[:, None, None], 0)
+            nothing = ~mask.any(1)[:, None, None]
+            out = out.masked_fill(nothing, 0)
+            weights = None if weights is None else weights.masked_fill(nothing[..., None], 0)
         elif kv.shape[1] == 0:
             out = torch.zeros_like(out)
         if not return_attention:

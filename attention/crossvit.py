@@ -22,6 +22,7 @@ from attention.cross import Cross
 from attention.folding import Folded, folded_cost, folds, read_folded
 from attention.layout import heads_first, split_heads, weights_of
 from attention.masking import key_mask
+from attention.parameters import Probability
 from attention.registry import register
 from attention.softmax import SoftmaxAttention
 from kernels.errors import InputError
@@ -43,7 +44,7 @@ class CrossViTAttention(Cross):
     about = About("Chen, Fan and Panda, ICCV 2021, 2103.14899", "O(M N)", "sdpa", "Apache-2.0")
 
     def __init__(
-        self, dim: int, num_heads: int, qkv_bias: bool = True, own_key: bool = True, proj_drop: float = 0.0
+        self, dim: int, num_heads: int, qkv_bias: bool = True, own_key: bool = True, proj_drop: Probability = 0.0
     ) -> None:
         super().__init__(dim, num_heads)
         self.own_key = own_key

@@ -21,6 +21,7 @@ from attention.cost import Part, attend, projection
 from attention.cross import Cross
 from attention.layout import heads_first, split_heads, weights_of
 from attention.masking import key_mask
+from attention.parameters import Probability
 from attention.registry import register
 from attention.softmax import SoftmaxAttention
 from kernels.errors import InputError
@@ -144,7 +145,7 @@ class GlobalLocalCrossAttention(_SharedProjection):
         ratio: float = 0.1,
         keep_class: bool = False,
         qkv_bias: bool = True,
-        proj_drop: float = 0.0,
+        proj_drop: Probability = 0.0,
     ) -> None:
         super().__init__(dim, num_heads, qkv_bias, proj_drop)
         if not 0 < ratio <= 1:
@@ -209,7 +210,7 @@ class PairwiseCrossAttention(_SharedProjection):
 
     about = About("Zhu et al., CVPR 2022, 2205.02151", "O(M (M + N))", "sdpa")
 
-    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, proj_drop: float = 0.0) -> None:
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, proj_drop: Probability = 0.0) -> None:
         super().__init__(dim, num_heads, qkv_bias, proj_drop)
 
     @classmethod

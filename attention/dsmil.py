@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from attention.about import About
 from attention.cost import Part, projection
+from attention.parameters import Positive, Probability
 from attention.pooling import (
     Objective,
     PooledBags,
@@ -56,12 +57,12 @@ class DSMIL(Pooler):
 
     def __init__(
         self,
-        dim: int,
-        num_classes: int,
-        query_dim: int = 128,
+        dim: Positive,
+        num_classes: Positive,
+        query_dim: Positive = 128,
         nonlinear: bool = True,
         passing_v: bool = False,
-        dropout: float = 0.0,
+        dropout: Probability = 0.0,
         init: Literal["default", "orthogonal"] = "default",
     ) -> None:
         super().__init__()

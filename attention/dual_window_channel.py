@@ -22,6 +22,7 @@ from attention.cost import Part, linear_attention, projection
 from attention.layout import split_qkv
 from attention.masking import blank
 from attention.mixer import Mixer
+from attention.parameters import Probability
 from attention.registry import register
 from attention.window import WindowAttention
 from kernels.errors import InputError, unknown_name
@@ -131,7 +132,7 @@ class DualWindowChannelAttention(Mixer):
         version: int = 1,
         padding: str = "released",
         qkv_bias: bool = True,
-        proj_drop: float = 0.0,
+        proj_drop: Probability = 0.0,
     ) -> None:
         super().__init__(dim, num_heads)
         if part not in PARTS:

@@ -30,6 +30,7 @@ from attention.cost import Part, attend, elementwise, projection
 from attention.layout import split_heads, weights_of
 from attention.masking import blank
 from attention.mixer import Mixer
+from attention.parameters import NotNegative
 from attention.registry import register
 from kernels.errors import InputError
 from kernels.operators import precisely
@@ -71,7 +72,7 @@ class DynamicMaskAttention(Mixer):
         causal: bool = False,
         block_size: int = 1,
         bias: bool = False,
-        rms_eps: float = 1e-6,
+        rms_eps: NotNegative = 1e-6,
     ) -> None:
         super().__init__(dim, num_heads)
         groups = num_heads if num_kv_heads is None else num_kv_heads

@@ -22,6 +22,7 @@ from attention.about import About
 from attention.cost import Part, elementwise, linear_attention, projection
 from attention.layout import split_heads, weights_of
 from attention.mixer import Mixer
+from attention.parameters import Probability
 from attention.registry import register
 from kernels.errors import InputError, unknown_name
 from kernels.linear_attention import linear_attention_2pass
@@ -73,7 +74,7 @@ class EcoFormerAttention(Mixer):
         anchors: int = 25,
         seed: int = 0,
         qkv_bias: bool = True,
-        proj_drop: float = 0.0,
+        proj_drop: Probability = 0.0,
     ) -> None:
         super().__init__(dim, num_heads)
         if form not in FORMS:

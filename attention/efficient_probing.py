@@ -24,6 +24,7 @@ from attention.cross import Cross
 from attention.folding import folds
 from attention.layout import heads_first, split_heads, weights_of
 from attention.masking import key_mask
+from attention.parameters import Positive
 from attention.pooling import PooledBags, Pooler, check_features
 from attention.registry import register
 from kernels.dense import linear
@@ -55,10 +56,10 @@ class EfficientProbing(Pooler):
 
     def __init__(
         self,
-        dim: int,
-        num_classes: int,
-        num_queries: int = 32,
-        d_out: int = 1,
+        dim: Positive,
+        num_classes: Positive,
+        num_queries: Positive = 32,
+        d_out: Positive = 1,
         qkv_bias: bool = False,
         norm: Literal["batch"] | None = "batch",
     ) -> None:
@@ -120,7 +121,7 @@ class EfficientProbingCross(Cross):
 
     about = About("Psomas et al., ICLR 2026, 2506.10178", "O(M N)", "sdpa", "Apache-2.0")
 
-    def __init__(self, dim: int, num_heads: int = 1, qkv_bias: bool = False) -> None:
+    def __init__(self, dim: Positive, num_heads: Positive = 1, qkv_bias: bool = False) -> None:
         super().__init__(dim, num_heads)
         self.v = nn.Linear(dim, dim, bias=qkv_bias)
 

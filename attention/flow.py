@@ -22,6 +22,7 @@ from attention.cross import Cross
 from attention.layout import split_heads, split_qkv, weights_of
 from attention.masking import blank
 from attention.mixer import Mixer
+from attention.parameters import Probability
 from attention.registry import register
 from kernels.errors import InputError, unknown_name
 from kernels.linear_attention import flow_attention, linear_attention_2pass
@@ -61,7 +62,7 @@ class FlowAttention(Mixer):
         form: str = "paper",
         inner_dim: int | None = None,
         qkv_bias: bool = True,
-        proj_drop: float = 0.05,
+        proj_drop: Probability = 0.05,
     ) -> None:
         super().__init__(dim, num_heads)
         self.inner_dim, self.eps_after = _checked(dim, num_heads, inner_dim, form)
@@ -132,7 +133,7 @@ class FlowCross(Cross):
         form: str = "paper",
         inner_dim: int | None = None,
         qkv_bias: bool = True,
-        proj_drop: float = 0.05,
+        proj_drop: Probability = 0.05,
     ) -> None:
         super().__init__(dim, num_heads)
         self.inner_dim, self.eps_after = _checked(dim, num_heads, inner_dim, form)

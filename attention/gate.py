@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,18 @@ class Gate(nn.Module):
     ``dim`` first.
     """
 
-    name: ClassVar[str] = ""  # set by the registry
+    name: ClassVar[str] = ""
+    """As registered; a class that is not has its own name."""
     about: ClassVar[About]
     grids: ClassVar[tuple[int, ...]] = (2,)
     """How many spatial axes a map may have: 2 for images, 3 for volumes (and 1 for signals)."""
     takes_signal: ClassVar[bool] = False
     """Whether a second map may say where to look."""
     takes_half: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.name = cls.__dict__.get("name", cls.__name__)
 
     def __init__(self, dim: int) -> None:
         super().__init__()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from attention.abmil import ABMIL
+from attention.parameters import Positive, Probability
 from attention.registry import register
 
 
@@ -23,11 +24,11 @@ class GatedABMIL(ABMIL):
 
     def __init__(
         self,
-        dim: int,
-        num_classes: int,
-        hidden_dim: int | None = None,
-        attention_dim: int = 128,
-        dropout: float = 0.0,
+        dim: Positive,
+        num_classes: Positive,
+        hidden_dim: Positive | None = None,
+        attention_dim: Positive = 128,
+        dropout: Probability = 0.0,
         act: Literal["relu", "gelu"] = "relu",
         input_bias: bool = False,
         norm: Literal["batch"] | None = None,

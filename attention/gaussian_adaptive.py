@@ -24,6 +24,7 @@ from attention.cost import Part, elementwise
 from attention.gate import Gate
 from attention.masking import blank
 from attention.mixer import Mixer
+from attention.parameters import NotNegative
 from attention.pooling import join, numbered
 from attention.registry import register
 from kernels.errors import InputError, unknown_name
@@ -119,7 +120,7 @@ class GaussianAdaptiveMixer(Mixer):
     has_weights = False
 
     def __init__(
-        self, dim: int, num_heads: int, axis: str = "tokens", num_gaussians: int = 5, eps: float = 1e-8
+        self, dim: int, num_heads: int, axis: str = "tokens", num_gaussians: int = 5, eps: NotNegative = 1e-8
     ) -> None:
         super().__init__(dim, num_heads)
         self.axis = _known(axis)
@@ -155,7 +156,7 @@ class GaussianAdaptiveGate(Gate):
     about = _ABOUT
     grids = (1, 2, 3)
 
-    def __init__(self, dim: int, num_heads: int = 4, num_gaussians: int = 5, eps: float = 1e-8) -> None:
+    def __init__(self, dim: int, num_heads: int = 4, num_gaussians: int = 5, eps: NotNegative = 1e-8) -> None:
         super().__init__(dim)
         if num_heads > dim:
             raise InputError(f"attention 'gaussian_adaptive': num_heads={num_heads} is more than the {dim} channels.")

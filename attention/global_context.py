@@ -23,6 +23,7 @@ from attention.about import About
 from attention.cost import Part, attend, depthwise, projection
 from attention.layout import split_heads, to_channels_first, to_channels_last
 from attention.masking import blank, hide_keys
+from attention.parameters import Probability
 from attention.registry import register
 from attention.window import PADDINGS, WindowAttention
 from kernels.errors import InputError, unknown_name
@@ -142,7 +143,7 @@ class GlobalContextAttention(WindowAttention):
         own_query: bool = True,
         qkv_bias: bool = True,
         padding: str = "hide",
-        proj_drop: float = 0.0,
+        proj_drop: Probability = 0.0,
     ) -> None:
         sides = [window_size, window_size] if isinstance(window_size, int) else list(window_size)
         if len(sides) != 2 or min(sides) < 1:

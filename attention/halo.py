@@ -20,6 +20,7 @@ from attention.cost import Part, attend, projection
 from attention.layout import split_heads, weights_of
 from attention.masking import blank, hide_keys
 from attention.mixer import Mixer
+from attention.parameters import Probability
 from attention.registry import register
 from kernels.errors import InputError, unknown_name
 
@@ -175,8 +176,8 @@ class HaloLayer(nn.Module):
     def _attend_rows(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Of queries (B, n, side, m, side, heads, at least D + 2 w) and windows (B, n, m, heads, D or E, w, w)."""
         batch, n, side, m, _, heads, _ = q.shape
-        queries = q.permute(0, 1, 3, 5, 2, 4, 6).reshape(batch * n * m, heads, side * side, -1)
-        keys, values = (t.flatten(5).mT.reshape(batch * n * m, heads, self.window**2, -1) for t in (k, v))
+        queries = q.permute(0, 1, 3, 5, 2, 4, 6).reshape(batch * n * m, heads, side * side, q.shape[-1])
+        keys, values = (t.flatten(5).mT.flatten(0, 2) for t in (k, v))
         # Channels that say in which row and column of its window a key is: they pick the query's score of that place.
         place = torch.eye(self.window, dtype=k.dtype, device=k.device)
         place = torch.cat([place.repeat_interleave(self.window, 0), place.repeat(self.window, 1)], -1)
@@ -187,7 +188,7 @@ class HaloLayer(nn.Module):
         if values.is_cuda or not torch.is_grad_enabled():
             values = F.pad(values, (0, max(keys.shape[-1] - width, 0)))
         out = F.scaled_dot_product_attention(queries, keys, values, scale=self.scale)[..., :width]
-        out = out.reshape(batch, n, m, heads, side, side, -1).permute(0, 1, 4, 2, 5, 3, 6)
+        out = out.reshape(batch, n, m, heads, side, side, width).permute(0, 1, 4, 2, 5, 3, 6)
         return out.flatten(3, 4).flatten(1, 2)
 
     @staticmethod
@@ -235,7 +236,7 @@ class HaloAttention(Mixer):
         head_dim: int | None = None,
         qkv_bias: bool = False,
         scale_positions: bool | None = None,
-        proj_drop: float = 0.0,
+        proj_drop: Probability = 0.0,
     ) -> None:
         super().__init__(dim, num_heads)
         self.layer = HaloLayer(

@@ -20,6 +20,7 @@ from attention.cost import Part, depthwise, linear_attention, projection
 from attention.layout import split_qkv, weights_of
 from attention.masking import blank
 from attention.mixer import Mixer
+from attention.parameters import Probability
 from attention.registry import register
 from kernels.errors import InputError, unknown_name
 from kernels.linear_attention import linear_attention_2pass
@@ -67,7 +68,7 @@ class InLineAttention(Mixer):
         local_axes: int = 2,
         prefix_tokens: int = 0,
         qkv_bias: bool = True,
-        proj_drop: float = 0.0,
+        proj_drop: Probability = 0.0,
     ) -> None:
         super().__init__(dim, num_heads)
         if phi not in FEATURES:

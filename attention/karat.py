@@ -22,6 +22,7 @@ from attention.cost import Part, projection
 from attention.layout import heads_first, heads_last, split_qkv, weights_of
 from attention.masking import key_mask
 from attention.mixer import Mixer
+from attention.parameters import Probability
 from attention.registry import register
 from attention.resizing import resize
 from kernels.errors import InputError
@@ -95,7 +96,7 @@ class KolmogorovArnoldAttention(Mixer):
         harmonics: int = 3,
         simplex: bool = False,
         qkv_bias: bool = True,
-        proj_drop: float = 0.0,
+        proj_drop: Probability = 0.0,
     ) -> None:
         super().__init__(dim, num_heads)
         size = tuple(input_size)

@@ -23,6 +23,7 @@ from attention.layout import split_qkv, weights_of
 from attention.masked_norm import masked_batch_norm
 from attention.masking import blank
 from attention.mixer import Mixer
+from attention.parameters import Probability
 from attention.registry import register
 from kernels.errors import InputError
 from kernels.linear_attention import linear_attention_2pass
@@ -61,7 +62,7 @@ class LinearGlobalAttention(Mixer):
         floor: float = 100.0,
         local_kernel: int | None = None,
         qkv_bias: bool = True,
-        proj_drop: float = 0.0,
+        proj_drop: Probability = 0.0,
     ) -> None:
         super().__init__(dim, num_heads)
         if not floor > 0:

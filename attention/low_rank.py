@@ -27,6 +27,7 @@ from attention.about import About
 from attention.cost import Part, elementwise, projection
 from attention.layout import heads_first, heads_last, split_heads, weights_of
 from attention.mixer import Mixer
+from attention.parameters import Positive, Probability
 from attention.pooling import PooledBags, Pooler, check_features, rename
 from attention.registry import register
 from kernels.errors import InputError
@@ -81,7 +82,7 @@ class LowRankPooling(Pooler):
 
     about = About("Mehta et al. (LAMA), 2019, 1912.00835", "O(N)")
 
-    def __init__(self, dim: int, num_classes: int, num_heads: int = 8) -> None:
+    def __init__(self, dim: Positive, num_classes: Positive, num_heads: Positive = 8) -> None:
         super().__init__()
         if num_heads < 1:
             raise InputError(f"attention 'low_rank': num_heads={num_heads} must be at least 1.")
@@ -130,7 +131,7 @@ class LowRankMixer(Mixer):
     about = About("Mehta et al. (LAMA), 2019, 1912.00835; as a mixer ours", "O(N^2)")
     grids = (1, 2, 3)
 
-    def __init__(self, dim: int, num_heads: int = 8, bias: bool = True, proj_drop: float = 0.0) -> None:
+    def __init__(self, dim: Positive, num_heads: Positive = 8, bias: bool = True, proj_drop: Probability = 0.0) -> None:
         super().__init__(dim, num_heads)
         self.p, self.q = (nn.Parameter(torch.randn(dim, num_heads) * dim**-0.5) for _ in range(2))
         self.v = nn.Linear(dim, dim, bias=bias)

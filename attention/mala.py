@@ -21,6 +21,7 @@ from attention.cost import depthwise as depthwise_cost
 from attention.layout import split_heads, weights_of
 from attention.masking import blank, key_mask
 from attention.mixer import Mixer
+from attention.parameters import Probability
 from attention.registry import register
 from kernels.errors import InputError, unknown_name
 from kernels.linear_attention import linear_attention_2pass
@@ -67,7 +68,7 @@ class MagnitudeAwareAttention(Mixer):
         local_axes: int = 2,
         local_kernel: int = 5,
         qkv_bias: bool = True,
-        proj_drop: float = 0.0,
+        proj_drop: Probability = 0.0,
     ) -> None:
         super().__init__(dim, num_heads)
         if form not in FORMS:

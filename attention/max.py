@@ -16,6 +16,7 @@ from torch import Tensor
 from attention.about import About
 from attention.cost import Part, elementwise
 from attention.mean import InstanceClassifier
+from attention.parameters import Positive, Probability
 from attention.pooling import PooledBags
 from attention.registry import register
 from kernels.errors import unknown_name
@@ -35,10 +36,10 @@ class MaxPooling(InstanceClassifier):
 
     def __init__(
         self,
-        dim: int,
-        num_classes: int,
-        hidden_dim: int | None = None,
-        dropout: float = 0.25,
+        dim: Positive,
+        num_classes: Positive,
+        hidden_dim: Positive | None = None,
+        dropout: Probability = 0.25,
         act: Literal["relu", "gelu"] = "relu",
         select: Literal["class", "instance"] = "class",
     ) -> None:

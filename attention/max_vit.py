@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from attention.about import About
 from attention.cost import Part, elementwise
 from attention.mixer import Mixer
+from attention.parameters import Probability
 from attention.registry import register
 from attention.window import WindowAttention
 from kernels.errors import unknown_name
@@ -37,7 +38,7 @@ class PartitionAttention(WindowAttention):
         relative_bias: bool = True,
         qkv_bias: bool = True,
         padding: str = "hide",
-        proj_drop: float = 0.0,
+        proj_drop: Probability = 0.0,
     ) -> None:
         super().__init__(dim, num_heads, window_size, 0, relative_bias, qkv_bias, padding, proj_drop)
         if dialect not in DIALECTS:
@@ -162,7 +163,7 @@ class MultiAxisAttention(Mixer):
         relative_bias: bool = True,
         qkv_bias: bool = True,
         padding: str = "hide",
-        proj_drop: float = 0.0,
+        proj_drop: Probability = 0.0,
     ) -> None:
         super().__init__(dim, num_heads)
         options = (window_size, dialect, relative_bias, qkv_bias, padding, proj_drop)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from attention.about import About
 from attention.cost import Part, projection
+from attention.parameters import Positive, Probability
 from attention.pooling import (
     PooledBags,
     Pooler,
@@ -45,10 +46,10 @@ class InstanceClassifier(Pooler):
 
     def __init__(
         self,
-        dim: int,
-        num_classes: int,
-        hidden_dim: int | None = None,
-        dropout: float = 0.25,
+        dim: Positive,
+        num_classes: Positive,
+        hidden_dim: Positive | None = None,
+        dropout: Probability = 0.25,
         act: Literal["relu", "gelu"] = "relu",
     ) -> None:
         super().__init__()

@@ -25,7 +25,8 @@ class Mixer(nn.Module):
     resized to others.
     """
 
-    name: ClassVar[str] = ""  # set by the registry
+    name: ClassVar[str] = ""
+    """As registered; a class that is not has its own name."""
     about: ClassVar[About]
     grids: tuple[int, ...] = (2,)
     """How many axes a grid may have: 1 for sequences, 2 for images, 3 for volumes."""
@@ -38,6 +39,10 @@ class Mixer(nn.Module):
     """Whether it selects or rounds, so that a small change of the input may change the output at once."""
     exact_gradient: ClassVar[bool] = True
     """Whether the gradient is that of the function computed; a straight-through estimator's is not."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.name = cls.__dict__.get("name", cls.__name__)
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()

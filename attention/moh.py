@@ -32,6 +32,7 @@ from attention.layout import (
 from attention.masked_mean import adaptive_mean
 from attention.masking import blank, key_mask
 from attention.mixer import Mixer
+from attention.parameters import Probability
 from attention.registry import register
 from kernels.dynamic_conv import neighborhood_av, neighborhood_qk
 from kernels.errors import InputError, unknown_name
@@ -81,7 +82,7 @@ class MixtureOfHeadAttention(Mixer):
         window_size: int = 3,
         sr_ratio: int = 8,
         qkv_bias: bool = True,
-        proj_drop: float = 0.0,
+        proj_drop: Probability = 0.0,
     ) -> None:
         super().__init__(dim, num_heads)
         shared = max(num_heads // 4, 1) if shared_heads is None else shared_heads

@@ -21,6 +21,7 @@ from attention.cost import Part, depthwise, elementwise, projection
 from attention.layout import split_qkv, to_channels_first, to_channels_last, weights_of
 from attention.masking import blank
 from attention.mixer import Mixer
+from attention.parameters import Probability
 from attention.registry import register
 from kernels.dynamic_conv import neighborhood_av, neighborhood_qk
 from kernels.errors import InputError
@@ -123,7 +124,7 @@ class MSAConv(Mixer):
         kernel_size: int = 3,
         dilation: int = 1,
         bias: bool = False,
-        attn_drop: float = 0.1,
+        attn_drop: Probability = 0.1,
     ) -> None:
         super().__init__(dim, num_heads)
         self.conv = MSAConv2d(

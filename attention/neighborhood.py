@@ -21,6 +21,7 @@ from attention.cost import Part, attend, projection
 from attention.layout import split_qkv, weights_of
 from attention.masking import blank, hide_keys
 from attention.mixer import Mixer
+from attention.parameters import Probability
 from attention.registry import register
 from attention.window import weights_on_map
 from kernels.errors import InputError, unknown_name
@@ -74,7 +75,7 @@ class NeighborhoodAttention(Mixer):
         relative_bias: bool = True,
         qkv_bias: bool = True,
         small_maps: str = "pad",
-        proj_drop: float = 0.0,
+        proj_drop: Probability = 0.0,
     ) -> None:
         super().__init__(dim, num_heads)
         if axes not in (1, 2, 3):

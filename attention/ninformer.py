@@ -23,6 +23,7 @@ from attention.about import About
 from attention.cost import Part, elementwise, projection
 from attention.masking import blank
 from attention.mixer import Mixer
+from attention.parameters import Probability
 from attention.registry import register
 from kernels.errors import InputError
 
@@ -51,7 +52,7 @@ class NiNformerGating(Mixer):
     has_weights = False
 
     def __init__(
-        self, dim: int, input_size: Sequence[int] = (14, 14), hidden_dim: int | None = None, dropout: float = 0.5
+        self, dim: int, input_size: Sequence[int] = (14, 14), hidden_dim: int | None = None, dropout: Probability = 0.5
     ) -> None:
         super().__init__(dim, 1)
         hidden = 2 * dim if hidden_dim is None else hidden_dim

@@ -19,6 +19,7 @@ from attention.cost import Part, elementwise, projection
 from attention.layout import split_heads, to_channels_first, to_channels_last, weights_of
 from attention.masking import blank
 from attention.mixer import Mixer
+from attention.parameters import Probability
 from attention.registry import register
 from kernels.dynamic_conv import outlook
 from kernels.errors import InputError
@@ -55,7 +56,7 @@ class OutlookAttention(Mixer):
         kernel_size: int = 3,
         stride: int = 2,
         qkv_bias: bool = False,
-        proj_drop: float = 0.0,
+        proj_drop: Probability = 0.0,
     ) -> None:
         super().__init__(dim, num_heads)
         if kernel_size < 1 or kernel_size % 2 == 0:

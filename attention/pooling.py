@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -55,9 +55,14 @@ class Pooler(nn.Module):
     map) or ``"class"`` (take the row of the class in question).
     """
 
-    name: ClassVar[str] = ""  # set by the registry
+    name: ClassVar[str] = ""
+    """As registered; a class that is not has its own name."""
     about: ClassVar[About]
     attention_rows: Literal["branch", "class"] = "branch"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.name = cls.__dict__.get("name", cls.__name__)
 
     def forward(self, features: Tensor, cu_seqlens: Tensor) -> PooledBags:
         """Pool ``features (T, D)`` with boundaries ``cu_seqlens (B + 1,)`` int32 or int64; empty bags are allowed."""

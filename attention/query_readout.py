@@ -23,6 +23,7 @@ from attention.cross import Cross
 from attention.folding import Folded, folded_cost, folds, read_folded
 from attention.layout import heads_first, split_heads, weights_of
 from attention.masking import blank, key_mask
+from attention.parameters import NotNegative, Probability
 from attention.registry import register
 from kernels.errors import InputError, unknown_name
 
@@ -64,8 +65,8 @@ class QueryReadout(Cross):
         act: Literal["relu", "gelu"] = "relu",
         num_queries: int | None = None,
         qkv_bias: bool = True,
-        proj_drop: float = 0.0,
-        eps: float = 1e-5,
+        proj_drop: Probability = 0.0,
+        eps: NotNegative = 1e-5,
     ) -> None:
         super().__init__(dim, num_heads)
         if downsample_rate < 1 or self.head_dim % downsample_rate:

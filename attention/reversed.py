@@ -29,6 +29,7 @@ from attention.cost import Part, attend, elementwise, projection
 from attention.layout import split_qkv, weights_of
 from attention.masking import blank, hide_keys
 from attention.mixer import Mixer
+from attention.parameters import Probability
 from attention.registry import register
 from kernels.errors import InputError
 from kernels.varlen_attention import plan, varlen_attention
@@ -66,7 +67,7 @@ class ReversedAttention(Mixer):
         temperature: float = 0.1,
         qkv_bias: bool = False,
         gate_bias: bool = False,
-        proj_drop: float = 0.0,
+        proj_drop: Probability = 0.0,
     ) -> None:
         super().__init__(dim, num_heads)
         if not temperature > 0:

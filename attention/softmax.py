@@ -17,6 +17,7 @@ from attention.cost import Part, attend, projection
 from attention.layout import heads_first, heads_last, split_qkv, weights_of
 from attention.masking import key_mask
 from attention.mixer import Mixer
+from attention.parameters import Probability
 from attention.registry import register
 from kernels.varlen_attention import varlen_attention
 
@@ -35,7 +36,7 @@ class SoftmaxAttention(Mixer):
     about = About("Vaswani et al., NeurIPS 2017, 1706.03762", "O(N^2)", "sdpa", "-")
     grids = (1, 2, 3)
 
-    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, proj_drop: float = 0.0) -> None:
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, proj_drop: Probability = 0.0) -> None:
         super().__init__(dim, num_heads)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)

@@ -16,6 +16,7 @@ from attention.cost import Part, attend, projection
 from attention.cross import Cross
 from attention.layout import heads_first, split_heads, weights_of
 from attention.masking import key_mask
+from attention.parameters import Probability
 from attention.registry import register
 
 
@@ -32,7 +33,7 @@ class SoftmaxCross(Cross):
 
     about = About("Vaswani et al., NeurIPS 2017, 1706.03762", "O(M N)", "sdpa", "-")
 
-    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, proj_drop: float = 0.0) -> None:
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, proj_drop: Probability = 0.0) -> None:
         super().__init__(dim, num_heads)
         self.q = nn.Linear(dim, dim, bias=qkv_bias)
         self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)

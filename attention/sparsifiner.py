@@ -21,6 +21,7 @@ from attention.cost import Part, attend, projection
 from attention.layout import heads_first, heads_last, split_qkv, weights_of
 from attention.masking import blank, key_mask
 from attention.mixer import Mixer
+from attention.parameters import Probability
 from attention.prefix import grid_behind
 from attention.registry import register
 from attention.resizing import resize
@@ -147,7 +148,7 @@ class SparsifinerAttention(Mixer):
         coefficients: int = 8,
         threshold: float = 0.02,
         qkv_bias: bool = True,
-        proj_drop: float = 0.0,
+        proj_drop: Probability = 0.0,
     ) -> None:
         super().__init__(dim, num_heads)
         size = tuple(input_size)

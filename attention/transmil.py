@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from attention.about import About
 from attention.cost import Part, attend, depthwise, elementwise, projection
+from attention.parameters import Positive, Probability
 from attention.pooling import PooledBags, Pooler, check_features, rename, strip_wrappers
 from attention.registry import register
 from kernels.dense import linear
@@ -51,12 +52,12 @@ class TransMIL(Pooler):
 
     def __init__(
         self,
-        dim: int,
-        num_classes: int,
-        hidden_dim: int = 512,
-        num_heads: int = 8,
-        num_landmarks: int | None = None,
-        dropout: float = 0.1,
+        dim: Positive,
+        num_classes: Positive,
+        hidden_dim: Positive = 512,
+        num_heads: Positive = 8,
+        num_landmarks: Positive | None = None,
+        dropout: Probability = 0.1,
     ) -> None:
         super().__init__()
         if hidden_dim % num_heads:

@@ -19,6 +19,7 @@ from attention.cost import Part, attend, projection
 from attention.layout import split_qkv, weights_of
 from attention.masking import blank, hide_keys
 from attention.mixer import Mixer
+from attention.parameters import Probability
 from attention.registry import register
 from kernels.errors import InputError, unknown_name
 from kernels.window_attention import relative_position_bias, window_attention
@@ -82,7 +83,7 @@ class WindowAttention(Mixer):
         relative_bias: bool = True,
         qkv_bias: bool = True,
         padding: str = "hide",
-        proj_drop: float = 0.0,
+        proj_drop: Probability = 0.0,
     ) -> None:
         super().__init__(dim, num_heads)
         h, w = two_sides(self.name, "window_size", window_size)

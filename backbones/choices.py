@@ -6,7 +6,6 @@ or a mapping of ``name`` and parameters. A list holds one choice per stage.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from typing import Any, Literal
 from torch import nn
 
 import attention as registry
+from attention.registry import build_in_block, name_of
 from kernels.errors import InputError
 
 HostKind = Literal["mixer", "gate"]
@@ -40,17 +40,7 @@ class Choice:
         Raises:
             InputError: a parameter is unknown or impossible.
         """
-        accepted = inspect.signature(self.cls).parameters
-        # What a class does with a block's number may hang on a parameter that was left at its default.
-        params = {n: p.default for n, p in accepted.items() if p.default is not p.empty} | self.params
-        params |= {n: value for n, value in offers.items() if n in accepted and n not in self.params}
-        for_block = getattr(self.cls, "for_block", None)
-        if for_block is not None:
-            params = for_block(params, index)
-        open_ended = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-        if not open_ended and self.params.keys() - accepted.keys():  # the registry has the sentence for it
-            return registry.create(self.name, kind=getattr(self.cls, "kind", None), dim=dim, **self.params)
-        return self.cls(dim=dim, **params)
+        return build_in_block(self.cls, self.name, index, dim=dim, offers=offers, params=self.params)
 
 
 def choose(entry: Any, kinds: Sequence[HostKind] = HOST_KINDS) -> Choice:
@@ -59,15 +49,16 @@ def choose(entry: Any, kinds: Sequence[HostKind] = HOST_KINDS) -> Choice:
     Raises:
         InputError: the name is unknown, the form is not one of a choice, or the module is of another kind.
     """
-    name, params = _name_and_params(entry)
-    found = registry.kinds_of(name)
+    module, params = _module_and_params(entry)
+    name = module if isinstance(module, str) else name_of(module)
+    found = registry.kinds_of(module)
     kind = next((kind for kind in kinds if kind in found), None)
     if kind is None:
         fitting = "; ".join(f"{_WHERE[kind]} ({', '.join(registry.available(kind))})" for kind in kinds)
         raise InputError(
             f"attention '{name}' is of kind '{' and '.join(found)}', which has no place in this backbone; {fitting}."
         )
-    cls = registry.class_of(name, kind)
+    cls = registry.class_of(module, kind)
     if 2 not in getattr(cls, "grids", (2,)):
         raise InputError(f"attention '{name}' takes no maps of two axes, which the stages of a backbone give.")
     return Choice(name, cls, params)
@@ -96,7 +87,7 @@ def kinds_of(entry: Any) -> list[HostKind]:
     entries = [item for item in entry if item is not None] if is_list(entry) else [entry]
     if not entries:
         raise InputError("attention is a list without a single name; give one entry per stage.")
-    found = [[kind for kind in HOST_KINDS if kind in registry.kinds_of(choose(item).name)] for item in entries]
+    found = [_host_kinds(item) for item in entries]
     common = [kind for kind in HOST_KINDS if all(kind in kinds for kinds in found)]
     if not common:
         names = ", ".join(f"{spoken(item)} ({' and '.join(k)})" for item, k in zip(entries, found, strict=True))
@@ -118,14 +109,23 @@ def spoken(entry: Any) -> str:
     return entry if isinstance(entry, str) else getattr(entry, "name", type(entry).__name__)
 
 
-def _name_and_params(entry: Any) -> tuple[str, dict[str, Any]]:
-    if isinstance(entry, str):
+def _shown(entry: Any) -> str:
+    """What was given, in one line: modules print many."""
+    return f"a {type(entry).__name__}" if isinstance(entry, nn.Module) else repr(entry)
+
+
+def _host_kinds(entry: Any) -> list[HostKind]:
+    choose(entry)  # refuses what is neither
+    exists = registry.kinds_of(_module_and_params(entry)[0])
+    return [kind for kind in HOST_KINDS if kind in exists]
+
+
+def _module_and_params(entry: Any) -> tuple[str | type[nn.Module], dict[str, Any]]:
+    if isinstance(entry, str | type):
         return entry, {}
-    if isinstance(entry, type):
-        return f"{entry.__module__}:{entry.__qualname__}", {}
-    if isinstance(entry, Mapping) and isinstance(entry.get("name"), str):
+    if isinstance(entry, Mapping) and isinstance(entry.get("name"), str | type):
         return entry["name"], {key: value for key, value in entry.items() if key != "name"}
     raise InputError(
-        f"attention={entry!r} is not understood; give a name, package.module:Class, a mapping with 'name', or a list "
-        "with one of these per stage."
+        f"attention={_shown(entry)} is not understood, it names no mixer and no gate; give a name, "
+        "package.module:Class, a mapping with 'name', or a list with one of these per stage."
     )

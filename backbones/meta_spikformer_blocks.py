@@ -16,9 +16,8 @@ from timm.layers.drop import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import attention as attention_registry
+from backbones.choices import choose
 from backbones.spiking import LIF
-from kernels.errors import InputError
 
 ATTENTION_SCALE = 0.125
 """Of spike-driven attention, whatever the number of channels per head."""
@@ -216,17 +215,7 @@ class TransformerBlock(nn.Module):
 
 def _mixer(chosen: str | Mapping[str, Any], dim: int, num_heads: int, index: int, grid: Sequence[int]) -> nn.Module:
     """The registry's mixer for block ``index`` of a stage, offered what it may need of heads and grid."""
-    given = {"name": chosen} if isinstance(chosen, str) else dict(chosen)
-    name = given.pop("name", None)
-    if not isinstance(name, str):
-        raise InputError(f"attention={chosen!r} names no mixer; give a name, or a mapping with 'name'.")
-    cls: Any = attention_registry.class_of(name, "mixer")
-    takes = attention_registry.parameters_of(name, "mixer")
-    offered = {"num_heads": num_heads, "input_size": tuple(grid)}
-    params = {key: value for key, value in offered.items() if key in takes} | given
-    if hasattr(cls, "for_block"):
-        params = cls.for_block(params, index)
-    return attention_registry.create(name, kind="mixer", dim=dim, **params)
+    return choose(chosen, ("mixer",)).build(dim, index, num_heads=num_heads, input_size=tuple(grid))
 
 
 def _scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

@@ -93,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in chosen.mixer:
             if name not in known and ":" not in name:
                 raise unknown_name("mixer", name, known)
+            attention.class_of(name, "mixer")  # refuses paths that lead elsewhere before hours of training
         images = _bundled() if chosen.images is None else _from_folder(chosen.images)
         trials = _run(chosen, chosen.mixer or [f"{__name__}:NoMixing", *known], images)
     except InputError as error:

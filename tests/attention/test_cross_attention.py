@@ -59,8 +59,9 @@ def test_masked_tokens_are_as_if_absent(name: str) -> None:
     none = mask.clone()
     none[0] = False
     leaves = q.clone().requires_grad_()
-    out = module(leaves, kv, none)
+    out, weights = module(leaves, kv, none, return_attention=True)
     assert (out[0] == 0).all() and out.isfinite().all()
+    assert (weights[0] == 0).all() and (weights[1] > 0).any()
     out.sum().backward()
     assert leaves.grad is not None and leaves.grad.isfinite().all()
 

@@ -45,6 +45,17 @@ def test_any_size_gives_a_finite_map_of_the_same_shape_and_gradients(name: str) 
 
 
 @every_mixer
+def test_a_batch_without_items_gives_one_without_items(name: str) -> None:
+    mixer = make_mixer(name)
+    grid = ordinary_grid(mixer)
+    x = torch.randn(0, *grid, DIM, requires_grad=True)
+    for mask in (None, torch.ones(0, *grid, dtype=torch.bool)):
+        out = mixer(x, mask)
+        assert out.shape == x.shape
+        out.sum().backward()
+
+
+@every_mixer
 def test_it_computes_what_the_released_formulation_computes(name: str) -> None:
     mixer = make_mixer(name)
     run = released(mixer, "mixer")
