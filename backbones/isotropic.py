@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 import attention as registry
 from attention.layout import to_channels_first, to_channels_last
-from backbones.four_stages import State, as_indices, only_nchw, undecayed
+from backbones.four_stages import as_indices, only_nchw, undecayed
+from backbones.weights import State
 from kernels.errors import InputError, unknown_name
 
 LEVELS = 4
