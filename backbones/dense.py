@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backbones import official_names
+from backbones.four_stages import only_nchw
 from kernels.errors import InputError
 
 __all__ = ["AnySizeGCViT", "LevelNorms", "checkpoint_filter_fn"]
@@ -103,8 +104,7 @@ class AnySizeGCViT(GlobalContextVit):
         intermediates_only: bool = False,
     ) -> Any:
         """Maps of the stages ``indices``; see timm's."""
-        if output_fmt != "NCHW":
-            raise InputError(f"output_fmt={output_fmt} is not possible; these maps are NCHW.")
+        only_nchw(output_fmt)
         take, last = feature_take_indices(len(self.stages), indices)
         maps = []
         x = self.stem(x)

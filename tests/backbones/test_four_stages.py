@@ -48,6 +48,21 @@ def test_weights_come_out_of_training_checkpoints() -> None:
     assert weights.unwrapped({"a": weight}) == {"a": weight}
 
 
+def test_averaged_weights_come_first_and_what_is_no_tensor_is_left_out() -> None:
+    weight, averaged = torch.ones(1), torch.zeros(1)
+    held = {"model": {"a": weight}, "state_dict_ema": {"module.a": averaged, "module.epoch": 3}}
+    assert weights.unwrapped(held) == {"a": averaged}
+
+
+@pytest.mark.parametrize("name", ["metaformer_tiny", "biformer_tiny", "nat_mini", "mavit_tiny"])
+def test_stopping_early_does_not_change_the_features(name: str) -> None:
+    model, x = backbones.create(name).eval(), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        final, (first,) = model.forward_intermediates(x, indices=[0], stop_early=True)
+        torch.testing.assert_close(final, model.forward_features(x))
+    assert first.shape[1:] == (model.feature_info[0]["num_chs"], 16, 16)
+
+
 def test_drop_path_grows_evenly_over_all_blocks() -> None:
     assert four_stages.drop_path_rates(0.3, (1, 2, 1)) == [[0.0], pytest.approx([0.1, 0.2]), [pytest.approx(0.3)]]
 
