@@ -30,13 +30,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers.classifier import ClassifierHead
 from timm.layers.norm import LayerNorm2d
 from timm.layers.weight_init import trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
-from torch import Tensor, nn
+from timm.models import generate_default_cfgs, register_model
+from torch import nn
 
 from attention.bi_level_routing import BiLevelRoutingAttention
 from backbones.biformer_layers import (
@@ -45,11 +42,20 @@ from backbones.biformer_layers import (
     ConvStem,
     PatchDownsample,
     PatchStem,
-    heads_of,
     stage_mixers,
 )
 from backbones.biformer_names import checkpoint_filter_fn
 from backbones.blocks import MixerBlock
+from backbones.four_stages import (
+    Size,
+    StagedNetwork,
+    build,
+    describe,
+    drop_path_rates,
+    heads_of,
+    position_tables,
+    stage_grids,
+)
 from backbones.stages import Stage
 from kernels.errors import InputError, unknown_name
 
@@ -61,7 +67,7 @@ LAYOUTS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
 }
 
 
-class BiFormer(nn.Module):
+class BiFormer(StagedNetwork):
     """Images (B, in_chans, H, W) of any size to logits (B, num_classes).
 
     ``forward_features`` gives the last map (B, C, ceil(H / 32), ceil(W / 32)), normalised.
@@ -107,56 +113,54 @@ class BiFormer(nn.Module):
         mlp_conv: bool = False,
         layer_scale: float | None = None,
         level_norms: bool = False,
-        img_size: int | Sequence[int] = 224,
+        img_size: Size = 224,
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         depths, dims = tuple(depths), tuple(dims)
         _check(depths, dims, topk, layout)
         mixers = stage_mixers(attention, _each("regions", regions, len(dims)), topk, form, padding)
         ratios = _each("mlp_ratio", mlp_ratio, len(dims))
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
-        self.num_features = self.head_hidden_size = dims[-1]
-        self.feature_info = [
-            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
-        ]
-        stem, downsample = LAYOUTS[layout]
-        self.stem = stem(in_chans, dims[0])
+        grids = stage_grids(img_size, [4 * 2**i for i in range(len(dims))])
+        rates = drop_path_rates(drop_path_rate, depths)
+        make_stem, downsample = LAYOUTS[layout]
+        stem = make_stem(in_chans, dims[0])
         stages = []
         for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
-            stride = 4 * 2**i
-            grid = (-(-height // stride), -(-width // stride))
-            heads = heads_of(dim, head_dim, mixers[i])
+            heads = heads_of("biformer", dim, head_dim, mixers[i])
             blocks = []
             for index in range(depth):
                 block = MixerBlock(
                     dim,
-                    mixers[i].build(dim, index, num_heads=heads, input_size=grid),
+                    mixers[i].build(dim, index, num_heads=heads, input_size=grids[i]),
                     mlp_ratio=ratios[i],
                     position=position,
                     layer_scale=layer_scale,
-                    drop_path=drop_path_rate * (sum(depths[:i]) + index) / max(sum(depths) - 1, 1),
+                    drop_path=rates[i][index],
                     drop=proj_drop_rate,
                 )
                 if mlp_conv:
                     block.mlp = ConvMlp(dim, round(ratios[i] * dim), proj_drop_rate)
                 blocks.append(block)
             stages.append(Stage(downsample(dims[i - 1], dim) if i else nn.Identity(), blocks, None))
-        self.stages = nn.Sequential(*stages)
-        normed = dims if level_norms else ()
-        self.level_norms = nn.ModuleDict({str(i): LayerNorm2d(dim, eps=1e-6) for i, dim in enumerate(normed)})
-        self.norm: nn.Module = nn.BatchNorm2d(dims[-1])
-        self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate)
-        self._initialise()
+        super().__init__(
+            stem,
+            stages,
+            nn.BatchNorm2d(dims[-1]),
+            dims,
+            level_norms=[LayerNorm2d(dim, eps=1e-6) for dim in dims] if level_norms else (),
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+        )
         if device is not None or dtype is not None:
             self.to(device=device, dtype=dtype)
 
-    def _initialise(self) -> None:
+    def initialise(self) -> None:
         """Truncated normal weights of deviation 0.02 in linear layers; other mixers bring their own."""
         owners: list[nn.Module] = [self.head]
         for module in self.modules():
@@ -172,99 +176,7 @@ class BiFormer(nn.Module):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Tables of relative positions, which other mixers may have."""
-        return {name for name, _ in self.named_parameters() if "bias_table" in name or "rpb" in name.split(".")[-1]}
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Which layer a parameter belongs to, for learning rates that decay with depth."""
-        blocks: Any = r"^stages\.(\d+)"
-        if not coarse:
-            blocks = [
-                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-                (r"^stages\.(\d+)", (0,)),
-                (r"^norm|^level_norms", (99999,)),
-            ]
-        return {"stem": r"^stem", "blocks": blocks}
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute each block again in the backward pass instead of keeping what is inside it."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable  # type: ignore[assignment]
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier; 0 classes for none, an empty ``global_pool`` for an unpooled map."""
-        self.num_classes = num_classes
-        self.head.reset(num_classes, pool_type=global_pool)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """Maps (B, C, ceil(H / stride), ceil(W / stride)) of the stages ``indices`` (the last n for a number).
-
-        Args:
-            norm: normalise the last stage's map as ``forward_features`` does; norms of the levels, where there are any,
-                are always and alone what the maps go through.
-            stop_early: leave out the stages behind the last one asked for.
-            intermediates_only: return the list alone, not (``forward_features`` of ``x``, list).
-
-        Raises:
-            InputError: another format than NCHW is asked for.
-        """
-        if output_fmt != "NCHW":
-            raise InputError(f"output_fmt={output_fmt} is not possible; these maps are NCHW.")
-        wanted = indices if indices is None or isinstance(indices, int) else list(indices)
-        take, last = feature_take_indices(len(self.stages), wanted)
-        maps = []
-        x = self.stem(x)
-        for i, stage in enumerate(self.stages):
-            if stop_early and i > last:
-                break
-            x = stage(x)
-            if i in take:
-                maps.append(self._level(x, i, norm))
-        return maps if intermediates_only else (self.norm(x), maps)
-
-    def _level(self, x: Tensor, index: int, norm: bool) -> Tensor:
-        if str(index) in self.level_norms:
-            return self.level_norms[str(index)](x).contiguous()
-        return self.norm(x) if norm and index == len(self.stages) - 1 else x
-
-    def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop what the maps ``indices`` do not need, in place, and return their numbers."""
-        take, last = feature_take_indices(len(self.stages), indices if isinstance(indices, int) else list(indices))
-        shortened = last < len(self.stages) - 1
-        self.stages = self.stages[: last + 1]
-        for index in set(self.level_norms) - {str(i) for i in take}:
-            del self.level_norms[index]
-        if prune_norm or shortened:
-            self.norm = nn.Identity()
-        if prune_head or shortened:
-            self.reset_classifier(0, "")
-        if shortened:
-            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
-        return take
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        return self.norm(self.stages(self.stem(x)))
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
+        return position_tables(self)
 
 
 def _check(depths: Sequence[int], dims: Sequence[int], topk: Sequence[int | None], layout: str) -> None:
@@ -288,27 +200,12 @@ def _each(name: str, value: Any, stages: int) -> list[Any]:
 # ------------------------------------------------------------------------------------------------------ entry points
 
 
-def _cfg(first_conv: str) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": first_conv,
-        "classifier": "head.fc",
-        "license": "mit",
-        "paper_ids": "arXiv:2303.08810",
-        "origin_url": "https://github.com/rayleizhu/BiFormer",
-    }
-
-
+_SOURCE = {"paper_ids": "arXiv:2303.08810", "origin_url": "https://github.com/rayleizhu/BiFormer"}
 _FIRST = dict.fromkeys(("biformer_tiny", "biformer_small", "biformer_base"), "stem.conv1")
 _FIRST |= dict.fromkeys(("biformer_stl", "biformer_stl_nchw"), "stem.conv")
-default_cfgs = generate_default_cfgs({name: _cfg(first) for name, first in _FIRST.items()})
+default_cfgs = generate_default_cfgs(
+    {name: describe(first, "mit", crop_pct=0.875, **_SOURCE) for name, first in _FIRST.items()}
+)
 _STL: dict[str, Any] = {
     "depths": (2, 2, 6, 2),
     "dims": (96, 192, 384, 768),
@@ -318,15 +215,8 @@ _STL: dict[str, Any] = {
 }
 
 
-def _build(variant: str, pretrained: bool, defaults: dict[str, Any], given: dict[str, Any]) -> nn.Module:
-    return build_model_with_cfg(
-        BiFormer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        **defaults | given,
-    )
+def _build(variant: str, pretrained: bool, own: dict[str, Any], given: dict[str, Any]) -> nn.Module:
+    return build(BiFormer, variant, pretrained, checkpoint_filter_fn, own, given)
 
 
 @register_model

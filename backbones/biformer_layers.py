@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch.nn.functional as F
 from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 
 from attention.bi_level_routing import BiLevelRoutingAttention
 from attention.layout import to_channels_first, to_channels_last
 from backbones.choices import Choice, per_stage
-from kernels.errors import InputError
+from backbones.four_stages import padded
 
 DENSE_HEADS = 8  # of full attention, whatever its width
 
@@ -58,7 +57,7 @@ class PatchStem(nn.Module):
         self.norm = nn.BatchNorm2d(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(_whole_patches(x, 4)))
+        return self.norm(self.conv(padded(x, 4)))
 
 
 class PatchDownsample(nn.Module):
@@ -70,13 +69,7 @@ class PatchDownsample(nn.Module):
         self.conv = nn.Conv2d(inputs, outputs, 2, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(_whole_patches(self.norm(x), 2))
-
-
-def _whole_patches(x: Tensor, side: int) -> Tensor:
-    """``x`` with zeros below and to the right, where a patch would stick out."""
-    below, right = -x.shape[2] % side, -x.shape[3] % side
-    return F.pad(x, (0, right, 0, below)) if below or right else x
+        return self.conv(padded(self.norm(x), 2))
 
 
 class ConvMlp(Mlp):
@@ -111,14 +104,3 @@ def stage_mixers(
             params = {"num_heads": DENSE_HEADS, "qkv_bias": False} | params
         found.append(Choice("bi_level_routing", BiLevelRoutingAttention, params))
     return found
-
-
-def heads_of(dim: int, head_dim: int, choice: Choice) -> int:
-    """Heads of a stage; a width that does not divide is of no account where the number of heads is given."""
-    if dim % head_dim and "num_heads" not in choice.params:
-        fitting = [width for width in range(1, dim + 1) if dim % width == 0]
-        raise InputError(
-            f"biformer: {dim} channels are not divisible into heads of head_dim={head_dim}; take head_dim from "
-            f"{', '.join(map(str, fitting))}."
-        )
-    return max(dim // head_dim, 1)

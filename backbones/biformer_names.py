@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from attention.bi_level_routing import BiLevelRoutingAttention
+from backbones.weights import State, unwrapped
 from kernels.errors import InputError
 
-State = dict[str, Tensor]
 _BLOCK = re.compile(r"stages\.(\d+)\.(?:blocks\.)?(\d+)\.(.+)")
 # The MLP is a list whose activation, and convolution or none, are counted too.
 _MLP = {"0": "fc1", "1.dwconv": "conv", "2": "fc2", "3": "fc2"}
@@ -26,7 +26,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Sta
     Raises:
         InputError: the checkpoint has norms of the levels and the model has none.
     """
-    state = _unwrapped(state_dict)
+    state = _backbone(state_dict)
     if any(key.startswith("downsample_layers.") for key in state):
         state = _renamed(state)
     own = {key: value for key, value in model.state_dict().items() if key.startswith("level_norms.")}
@@ -35,13 +35,9 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Sta
     return own | state
 
 
-def _unwrapped(state_dict: Mapping[str, Any]) -> State:
-    """Without what training codes put around the weights."""
-    for key in ("state_dict", "model", "model_ema"):
-        if isinstance(state_dict.get(key), Mapping):
-            state_dict = state_dict[key]
-            break
-    state = {key.removeprefix("module."): value for key, value in state_dict.items()}
+def _backbone(state_dict: Mapping[str, Any]) -> State:
+    """The weights alone, and of a detector or segmenter those of its backbone."""
+    state = unwrapped(state_dict)
     part = "backbone."
     if any(key.startswith(f"{part}downsample_layers.") for key in state):
         return {key.removeprefix(part): value for key, value in state.items() if key.startswith(part)}

@@ -23,13 +23,12 @@ from backbones.official_names import to_timm
 from backbones.pathology import ENCODERS, PathologyEncoder
 from backbones.positions import resample
 from backbones.pyramid import Pyramid
+from backbones.weights import innermost
 from kernels.errors import InputError
 
 State = dict[str, Tensor]
 _SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
 _USUAL_NAMES = ("model.safetensors", "pytorch_model.bin")
-# Names under which training codes nest the weights, the averaged ones first as timm does.
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 # Where a backbone lies in a pyramid of ours, and in detectors and segmenters.
 _PARTS = ("backbone.", "pyramid.", "body.model.")
 _LEVEL_NORM = re.compile(r"^(?:norm|extra_norms?\.)(\d)\.")
@@ -79,12 +78,8 @@ def read_state(path: Path) -> State:
     except Exception as error:  # each format has its own exceptions for a damaged file
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         raise InputError(f"backbone.checkpoint={path} cannot be read as weights ({reason}).") from error
-    while isinstance(content, Mapping):
-        inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
-    state = {str(k): v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
+    held = innermost(content).items() if isinstance(content, Mapping) else ()
+    state = {str(key): value for key, value in held if isinstance(value, Tensor)}
     if not state:
         raise InputError(f"backbone.checkpoint={path} holds no named tensors; a state dict is needed.")
     if all(key.startswith("module.") for key in state):

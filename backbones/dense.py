@@ -22,6 +22,7 @@ from timm.models.gcvit import FeatureBlock, GlobalContextVit
 from torch import Tensor, nn
 
 from backbones import any_size, official_names
+from backbones.four_stages import only_nchw
 from kernels.errors import InputError
 
 __all__ = ["AnySizeGCViT", "LevelNorms", "checkpoint_filter_fn"]
@@ -97,8 +98,7 @@ class AnySizeGCViT(GlobalContextVit):
         intermediates_only: bool = False,
     ) -> Any:
         """Maps of the stages ``indices``; see timm's."""
-        if output_fmt != "NCHW":
-            raise InputError(f"output_fmt={output_fmt} is not possible; these maps are NCHW.")
+        only_nchw(output_fmt)
         return super().forward_intermediates(x, indices, norm, stop_early, output_fmt, intermediates_only)
 
 

@@ -29,8 +29,9 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from attention.reversed import ReversedAttention
-from backbones.four_stages import Size, build, chosen_mixers, describe, drop_path_rates, stage_grids, unwrapped
+from backbones.four_stages import Size, build, chosen_mixers, describe, drop_path_rates, stage_grids
 from backbones.isotropic import IsotropicNetwork, Tokens, with_positions_resized
+from backbones.weights import unwrapped
 from kernels.errors import InputError
 
 __all__ = ["DependencyViT", "checkpoint_filter_fn"]

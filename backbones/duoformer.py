@@ -46,9 +46,9 @@ from backbones.four_stages import (
     only_nchw,
     stage_grids,
     undecayed,
-    unwrapped,
 )
 from backbones.isotropic import TokenHead, positions_for
+from backbones.weights import unwrapped
 from kernels.errors import InputError, unknown_name
 
 __all__ = ["DuoFormer", "checkpoint_filter_fn"]

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from backbones.weights import unwrapped
+
 _LAYER = {
     "cross_attn.q_norm": "norm_query",
     "cross_attn.kv_norm": "norm_context",
@@ -59,11 +61,7 @@ _MOBILE_LATE |= {"3.0": "conv_pwl", "3.1": "bn3"}
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """The authors' weights under this model's names; its own state dicts pass unchanged."""
-    for key in ("model_ema", "state_dict", "model"):
-        if isinstance(state_dict.get(key), Mapping):
-            state_dict = state_dict[key]
-            break
-    state = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    state = unwrapped(state_dict)
     if "cross_att1_x2z.mlp.fc1.weight" not in state:
         return state
     hidden = "classifier_cnn.0.weight" in state

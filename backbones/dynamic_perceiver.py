@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from backbones.dynamic_branches import create_branch
 from backbones.dynamic_layers import Exits, Stage
 from backbones.dynamic_names import checkpoint_filter_fn
+from backbones.four_stages import as_indices, only_nchw
 from kernels.errors import InputError
 
 __all__ = ["DynamicPerceiver", "checkpoint_filter_fn"]
@@ -188,10 +189,8 @@ class DynamicPerceiver(nn.Module):
         Raises:
             InputError: another format than NCHW is asked for.
         """
-        if output_fmt != "NCHW":
-            raise InputError(f"output_fmt={output_fmt} is not possible; these maps are NCHW.")
-        wanted = indices if indices is None or isinstance(indices, int) else list(indices)
-        take, last = feature_take_indices(len(self.levels), wanted)
+        only_nchw(output_fmt)
+        take, last = feature_take_indices(len(self.levels), as_indices(indices))
         x, z = self._start(x)
         maps, means = [x], []
         for k, stage in enumerate(self.stages):
@@ -208,7 +207,7 @@ class DynamicPerceiver(nn.Module):
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop the stages that the levels ``indices`` do not need, in place, and return the levels' numbers."""
-        take, last = feature_take_indices(len(self.levels), indices if isinstance(indices, int) else list(indices))
+        take, last = feature_take_indices(len(self.levels), as_indices(indices))
         kept = self.levels[last]
         shortened = kept < len(self.stages)
         self.stages = self.stages[:kept]

@@ -6,7 +6,6 @@ has to have; :class:`StagedNetwork` has it for every network that is a stem, sta
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,27 +19,55 @@ from torch import Tensor, nn
 
 from attention.mixer import Mixer
 from backbones.choices import Choice, per_stage
+from backbones.weights import AGENT_TABLES, State
 from kernels.errors import InputError
 
 Size = int | Sequence[int]
-State = dict[str, Tensor]
 
 # Learned positions and temperatures: decay would pull them towards no position at all.
 _UNDECAYED = ("bias_table", "pos_embed", "cls_token", "temperature", "scale_token")
-_AGENT_TABLES = ("an_bias", "na_bias", "ah_bias", "aw_bias", "ha_bias", "wa_bias", "ac_bias", "ca_bias")
 
 
-class StagedNetwork(nn.Module):
-    """Stem, stages at strides 4, 8, 16, 32, norm, classifier: maps (B, C, H, W) all the way.
+class Classifying(nn.Module):
+    """The part of a network that pools its last map (B, C, H, W) and classifies it by ``head``."""
+
+    head: Any
+    num_classes: int
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new classifier; 0 classes for none, an empty ``global_pool`` for an unpooled map."""
+        self.num_classes = num_classes
+        self.head.reset(num_classes, pool_type=global_pool)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.forward_head(self.forward_features(x))
+
+
+class StagedNetwork(Classifying):
+    """Stem, stages, norm, classifier: maps (B, C, H, W) all the way.
 
     Images (B, in_chans, H, W) of any size become logits (B, num_classes); ``forward_features`` gives the last map
-    (B, C, H/32, W/32), normalised.
+    (B, C, ceil(H / stride), ceil(W / stride)), normalised.
 
     Args:
-        stem: images to maps of stride 4.
+        stem: images to maps.
         stages: each from the map before it to its own; those with blocks are :class:`backbones.stages.Stage`.
         norm: of the last stage's map.
         dims: channels behind each stage.
+        strides: pixels between tokens behind each stage; None for 4, 8, 16, 32.
+        levels: the stages whose maps are the pyramid's; None for all.
+        level_norms: one for each stage's map as a level of the pyramid, in no way to the next stage or the classifier;
+            empty for none.
         global_pool: ``"avg"``, ``"max"``, or empty for none.
         drop_rate: dropout before the classifier.
     """
@@ -52,6 +79,9 @@ class StagedNetwork(nn.Module):
         norm: nn.Module,
         dims: Sequence[int],
         *,
+        strides: Sequence[int] | None = None,
+        levels: Sequence[int] | None = None,
+        level_norms: Sequence[nn.Module] = (),
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: str = "avg",
@@ -60,14 +90,21 @@ class StagedNetwork(nn.Module):
         super().__init__()
         self.in_chans, self.num_classes, self.drop_rate = in_chans, num_classes, drop_rate
         self.num_features = self.head_hidden_size = dims[-1]
-        self.feature_info = [
-            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
+        strides = [4 * 2**i for i in range(len(dims))] if strides is None else strides
+        self.levels = list(range(len(dims)) if levels is None else levels)
+        self.feature_info: list[dict[str, Any]] = [
+            {"num_chs": dims[i], "reduction": strides[i], "module": f"stages.{i}"} for i in self.levels
         ]
         self.stem = stem
         self.stages = nn.Sequential(*stages)
+        self.level_norms = nn.ModuleDict({str(i): level_norm for i, level_norm in enumerate(level_norms)})
         self.norm = norm
         self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate)
-        if num_classes:
+        self.initialise()
+
+    def initialise(self) -> None:
+        """What the weights start from, where the stem and the stages do not bring it."""
+        if self.num_classes:
             nn.init.trunc_normal_(self.head.fc.weight, std=0.02)
 
     @torch.jit.ignore
@@ -78,7 +115,7 @@ class StagedNetwork(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Which layer a parameter belongs to, for learning rates that decay with depth."""
-        fine = [(r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^stages\.(\d+)", (0,)), (r"^norm", (99999,))]
+        fine = [(r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^stages\.(\d+)", (0,)), (r"^(?:level_)?norm", (99999,))]
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else fine}
 
     @torch.jit.ignore
@@ -87,14 +124,19 @@ class StagedNetwork(nn.Module):
         for stage in self.stages:
             stage.grad_checkpointing = enable  # type: ignore[assignment]
 
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
+    def start(self, x: Tensor) -> Tensor:
+        """What the first stage is given for images."""
+        return self.stem(x)
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier; 0 classes for none, an empty ``global_pool`` for an unpooled map."""
-        self.num_classes = num_classes
-        self.head.reset(num_classes, pool_type=global_pool)
+    def level(self, x: Tensor, stage: int, norm: bool) -> Tensor:
+        """The pyramid's map for what comes out of a stage, contiguous; a level's own norm is always applied."""
+        if str(stage) in self.level_norms:
+            return self.level_norms[str(stage)](x).contiguous()
+        return self.norm(x).contiguous() if norm and stage == len(self.stages) - 1 else x
+
+    def finish(self, x: Tensor) -> Tensor:
+        """What :meth:`forward_features` gives for what comes out of the last stage."""
+        return self.norm(x)
 
     def forward_intermediates(
         self,
@@ -105,35 +147,40 @@ class StagedNetwork(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """Maps (B, C, ceil(H / stride), ceil(W / stride)) of the stages ``indices`` (the last n for a number).
+        """Maps (B, C, ceil(H / stride), ceil(W / stride)) of the levels ``indices`` (the last n for a number).
 
         Args:
-            norm: normalise the last stage's map as ``forward_features`` does.
-            stop_early: leave out the stages behind the last one asked for.
+            norm: normalise the last stage's map as ``forward_features`` does; norms of the levels, where there are any,
+                are always and alone what the maps go through.
+            stop_early: leave out the stages behind the last one asked for, where only the list is returned.
             intermediates_only: return the list alone, not (``forward_features`` of ``x``, list).
 
         Raises:
             InputError: another format than NCHW is asked for.
         """
         only_nchw(output_fmt)
-        take, last = feature_take_indices(len(self.stages), as_indices(indices))
+        take, last = feature_take_indices(len(self.levels), as_indices(indices))
+        wanted = [self.levels[i] for i in take]
         maps = []
-        x = self.stem(x)
+        x = self.start(x)
         for i, stage in enumerate(self.stages):
-            if stop_early and intermediates_only and i > last:
+            if stop_early and intermediates_only and i > self.levels[last]:
                 break
             x = stage(x)
-            if i in take:
-                maps.append(self.norm(x) if norm and i == len(self.stages) - 1 else x)
-        return maps if intermediates_only else (self.norm(x), maps)
+            if i in wanted:
+                maps.append(self.level(x, i, norm))
+        return maps if intermediates_only else (self.finish(x), maps)
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what the maps ``indices`` do not need, in place, and return their numbers."""
-        take, last = feature_take_indices(len(self.stages), as_indices(indices))
-        shortened = last < len(self.stages) - 1
-        self.stages = self.stages[: last + 1]
+        """Drop what the maps of the levels ``indices`` do not need, in place, and return the levels' numbers."""
+        take, last = feature_take_indices(len(self.levels), as_indices(indices))
+        kept = self.levels[last] + 1
+        shortened = kept < len(self.stages)
+        self.stages, self.levels = self.stages[:kept], self.levels[: last + 1]
+        for stage in set(self.level_norms) - {str(self.levels[i]) for i in take}:
+            del self.level_norms[stage]
         if prune_norm or shortened:
             self.norm = nn.Identity()
         if prune_head or shortened:
@@ -143,13 +190,13 @@ class StagedNetwork(nn.Module):
         return take
 
     def forward_features(self, x: Tensor) -> Tensor:
-        return self.norm(self.stages(self.stem(x)))
+        return self.finish(self.stages(self.start(x)))
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.head(x, pre_logits=pre_logits)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
+def padded(x: Tensor, multiple: int) -> Tensor:
+    """``x`` (B, C, H, W) with zeros at the bottom and the right, up to multiples."""
+    below, right = (-side % multiple for side in x.shape[2:])
+    return F.pad(x, (0, right, 0, below)) if below or right else x
 
 
 class PadToMultiple(nn.Module):
@@ -160,8 +207,7 @@ class PadToMultiple(nn.Module):
         self.multiple = multiple
 
     def forward(self, x: Tensor) -> Tensor:
-        below, right = (-side % self.multiple for side in x.shape[2:])
-        return F.pad(x, (0, right, 0, below)) if below or right else x
+        return padded(x, self.multiple)
 
 
 def undecayed(model: nn.Module) -> set[str]:
@@ -169,8 +215,13 @@ def undecayed(model: nn.Module) -> set[str]:
     return {
         name
         for name, _ in model.named_parameters()
-        if name.rpartition(".")[2] in _AGENT_TABLES or any(part in name for part in _UNDECAYED)
+        if name.rpartition(".")[2] in AGENT_TABLES or any(part in name for part in _UNDECAYED)
     }
+
+
+def position_tables(model: nn.Module) -> set[str]:
+    """Names of the tables of relative positions, which decay would pull towards no position at all."""
+    return {name for name, _ in model.named_parameters() if "bias_table" in name or "rpb" in name.rpartition(".")[2]}
 
 
 def chosen_mixers(attention: Any, stages: int) -> list[Choice | None]:
@@ -212,6 +263,20 @@ def stage_grids(img_size: Size, strides: Sequence[int]) -> list[tuple[int, int]]
     return [(-(-sides[0] // stride), -(-sides[1] // stride)) for stride in strides]
 
 
+def heads_of(name: str, dim: int, head_dim: int, choice: Choice) -> int:
+    """Heads of a stage; a width that does not divide is of no account where the number of heads is given.
+
+    Raises:
+        InputError: the width does not divide, and decides; ``name`` is the network's.
+    """
+    if dim % head_dim and "num_heads" not in choice.params:
+        fitting = ", ".join(str(width) for width in range(1, dim + 1) if dim % width == 0)
+        raise InputError(
+            f"{name}: {dim} channels are not divisible into heads of head_dim={head_dim}; take head_dim from {fitting}."
+        )
+    return max(dim // head_dim, 1)
+
+
 def check_stages(name: str, **lists: Sequence[int]) -> None:
     """That the lists have one positive entry per stage each.
 
@@ -239,61 +304,6 @@ def only_nchw(output_fmt: str) -> None:
 def as_indices(indices: int | Sequence[int] | None) -> int | list[int] | None:
     """What timm takes as a choice of levels."""
     return indices if indices is None or isinstance(indices, int) else list(indices)
-
-
-# --------------------------------------------------------------------------------------------------------- weights
-
-
-def unwrapped(state: Mapping[str, Any]) -> State:
-    """The weights themselves, out of a training checkpoint and without the prefix of data-parallel training."""
-    for key in ("model_ema", "state_dict_ema", "state_dict", "model"):
-        if isinstance(state.get(key), Mapping):
-            return unwrapped(state[key])
-    return {key.removeprefix("module."): value for key, value in state.items()}
-
-
-def rename_within(state: State, prefix: str, rename: Callable[[State], State]) -> State:
-    """``state`` with ``rename`` applied to what lies under ``prefix``, which it does not see."""
-    inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    others = {key: value for key, value in state.items() if not key.startswith(prefix)}
-    return others | {prefix + key: value for key, value in rename(inside).items()}
-
-
-def with_tables_resized(state: State, model: nn.Module) -> State:
-    """``state`` with tables of positions that were learned at another size of window or map fitted to the model's."""
-    own = model.state_dict()
-    fitted = dict(state)
-    for key, table in state.items():
-        wanted = own[key].shape if key in own else table.shape
-        if table.shape == wanted:
-            continue
-        leaf = key.rpartition(".")[2]
-        if leaf == "relative_position_bias_table":
-            window = model.get_submodule(key.rpartition(".")[0]).window_size
-            fitted[key] = _offsets_resized(table, window)  # type: ignore[arg-type]
-        elif leaf in _AGENT_TABLES:
-            fitted[key] = _stretched(table, wanted)
-    return fitted
-
-
-def _offsets_resized(table: Tensor, window: tuple[int, int]) -> Tensor:
-    """A table (offsets of a square window, heads) for another window (height, width), bicubically."""
-    side = math.isqrt(len(table))
-    if side**2 != len(table):
-        raise InputError(f"a bias table of {len(table)} offsets is of no square window, and cannot be resized.")
-    offsets = table.t().unflatten(1, (side, side))[None].float()
-    resized = F.interpolate(offsets, [2 * n - 1 for n in window], mode="bicubic", align_corners=False)
-    return resized[0].flatten(1).t().contiguous().to(table.dtype)
-
-
-def _stretched(table: Tensor, shape: Sequence[int]) -> Tensor:
-    """``table`` interpolated linearly along each axis whose length differs."""
-    for axis, length in enumerate(shape):
-        if table.shape[axis] != length:
-            lines = table.movedim(axis, -1)
-            resized = F.interpolate(lines.flatten(0, -2)[None].float(), length, mode="linear", align_corners=False)
-            table = resized[0].unflatten(0, lines.shape[:-1]).movedim(-1, axis).to(table.dtype)
-    return table
 
 
 # ---------------------------------------------------------------------------------------------------- registration

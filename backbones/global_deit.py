@@ -38,18 +38,9 @@ from attention.block_parts import depthwise_each
 from attention.inline import InLineAttention, inline_core, local_kernels
 from attention.layout import heads_last, split_qkv
 from attention.softmax import SoftmaxAttention
-from backbones.four_stages import (
-    Size,
-    build,
-    chosen_mixers,
-    describe,
-    drop_path_rates,
-    rename_within,
-    stage_grids,
-    unwrapped,
-    with_tables_resized,
-)
+from backbones.four_stages import Size, build, chosen_mixers, describe, drop_path_rates, stage_grids
 from backbones.isotropic import BesidePrefix, IsotropicNetwork, TokenHead, Tokens, with_positions_resized
+from backbones.weights import rename_within, unwrapped, with_tables_resized
 from kernels.errors import InputError, unknown_name
 
 __all__ = ["GlobalDeiT", "checkpoint_filter_fn"]

@@ -48,12 +48,10 @@ from backbones.four_stages import (
     chosen_mixers,
     describe,
     drop_path_rates,
-    rename_within,
     stage_grids,
-    unwrapped,
-    with_tables_resized,
 )
 from backbones.stages import Stage
+from backbones.weights import rename_within, unwrapped, with_tables_resized
 from kernels.errors import InputError, unknown_name
 
 __all__ = ["GlobalSwin", "checkpoint_filter_fn"]

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers.classifier import ClassifierHead
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import checkpoint
@@ -21,7 +20,8 @@ from torch import Tensor, nn
 
 import attention as registry
 from attention.layout import to_channels_first, to_channels_last
-from backbones.four_stages import State, as_indices, only_nchw, undecayed
+from backbones.four_stages import Classifying, as_indices, only_nchw, padded, undecayed
+from backbones.weights import State
 from kernels.errors import InputError, unknown_name
 
 LEVELS = 4
@@ -43,7 +43,7 @@ class Tokens:
     extras: dict[str, Tensor] = field(default_factory=dict)
 
 
-class IsotropicNetwork(nn.Module):
+class IsotropicNetwork(Classifying):
     """Patches, blocks at one scale, norm, classifier.
 
     Images (B, in_chans, H, W) of any size, extended with zeros to whole patches, become logits (B, num_classes). A
@@ -61,8 +61,6 @@ class IsotropicNetwork(nn.Module):
         global_pool: of the map; ``"avg"``, ``"max"``, or empty for none.
         drop_rate: dropout before the classifier.
     """
-
-    head: Any
 
     def __init__(
         self,
@@ -120,15 +118,6 @@ class IsotropicNetwork(nn.Module):
         """Compute each block again in the backward pass instead of keeping what is inside it."""
         self.grad_checkpointing = enable
 
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier; 0 classes for none, an empty ``global_pool`` for unpooled features."""
-        self.num_classes = num_classes
-        self.head.reset(num_classes, pool_type=global_pool)
-
     def step(self, index: int, block: nn.Module, tokens: Tokens) -> Tokens:
         """``tokens`` behind ``block``, the one at ``index``."""
         raise NotImplementedError
@@ -143,8 +132,7 @@ class IsotropicNetwork(nn.Module):
 
     def embed(self, x: Tensor) -> Tokens:
         """The tokens of images (B, in_chans, H, W)."""
-        below, right = (-side % self.patch_size for side in x.shape[2:])
-        x = self.patch_embed(F.pad(x, (0, right, 0, below)) if below or right else x)
+        x = self.patch_embed(padded(x, self.patch_size))
         grid = (x.shape[2], x.shape[3])
         x = x.flatten(2).transpose(1, 2)
         if self.cls_token is not None:
@@ -215,12 +203,6 @@ class IsotropicNetwork(nn.Module):
         for i, block in enumerate(self.blocks):
             tokens = self._run(i, block, tokens)
         return self.finish(tokens)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 class TokenHead(nn.Module):

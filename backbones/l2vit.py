@@ -41,12 +41,11 @@ from backbones.four_stages import (
     chosen_mixers,
     describe,
     drop_path_rates,
-    rename_within,
     stage_grids,
     taking_masks,
-    unwrapped,
 )
 from backbones.stages import Stage
+from backbones.weights import rename_within, unwrapped
 
 __all__ = ["L2ViT", "checkpoint_filter_fn"]
 

@@ -38,12 +38,11 @@ from backbones.four_stages import (
     chosen_mixers,
     describe,
     drop_path_rates,
-    rename_within,
     stage_grids,
     taking_masks,
-    unwrapped,
 )
 from backbones.stages import ConvNorm, Stage
+from backbones.weights import rename_within, unwrapped
 from kernels.errors import InputError
 
 __all__ = ["MAViT", "checkpoint_filter_fn"]

@@ -26,13 +26,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers.adaptive_avgmax_pool import SelectAdaptivePool2d
 from timm.layers.weight_init import trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from backbones.four_stages import StagedNetwork, build, describe, drop_path_rates, position_tables, stage_grids
 from backbones.meta_spikformer_blocks import ConvBlock, ConvNorm, Downsample, RepConv, TransformerBlock
 from backbones.meta_spikformer_names import checkpoint_filter_fn
 from backbones.spiking import LIF
@@ -61,7 +60,7 @@ class Stage(nn.Module):
         return x
 
 
-class MetaSpikeFormer(nn.Module):
+class MetaSpikeFormer(StagedNetwork):
     """Images (B, in_chans, H, W) of any size to logits (B, num_classes), the mean over time steps.
 
     ``forward_features`` gives the membranes of the last stage at every time step, (B, T * C, H/16, W/16) with the time
@@ -104,12 +103,11 @@ class MetaSpikeFormer(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         mixers = _check(dims, depths, num_heads, attention)
         widths = (dims[0] // 2, *dims)
-        grid = tuple(-(-side // 16) for side in ((img_size, img_size) if isinstance(img_size, int) else img_size))
-        self.in_chans, self.num_classes, self.time_steps, self.distilled = in_chans, num_classes, time_steps, distilled
-        self.stem = ConvNorm(in_chans, widths[0], 7, stride=2)
+        (grid,) = stage_grids(img_size, [16])
+        rates = drop_path_rates(drop_path_rate, depths[3:])
+        stem = ConvNorm(in_chans, widths[0], 7, stride=2)
         stages = []
         for i, (width, count) in enumerate(zip(widths, depths, strict=True)):
             first: nn.Module = nn.Identity()
@@ -119,18 +117,23 @@ class MetaSpikeFormer(nn.Module):
             if i < 3:
                 blocks = [ConvBlock(width, time_steps) for _ in range(count)]
             else:
-                offset = 0 if i == 3 else depths[3]
-                rates = [drop_path_rate * (offset + j) / (depths[3] + depths[4] - 1) for j in range(count)]
                 blocks = [
-                    TransformerBlock(width, num_heads, mlp_ratio, time_steps, mixers[i - 3], j, grid, rates[j])
+                    TransformerBlock(width, num_heads, mlp_ratio, time_steps, mixers[i - 3], j, grid, rates[i - 3][j])
                     for j in range(count)
                 ]
             stages.append(Stage(first, blocks))
-        self.stages = nn.Sequential(*stages)
-        self.feature_info = [
-            {"num_chs": widths[i], "reduction": 2 << level, "module": f"stages.{i}"} for level, i in enumerate(LEVELS)
-        ]
-        self.head_hidden_size = dims[-1]
+        super().__init__(
+            stem,
+            stages,
+            nn.Identity(),
+            widths,
+            strides=(2, 4, 8, 16, 16),
+            levels=LEVELS,
+            in_chans=in_chans,
+            num_classes=0,
+            drop_rate=drop_rate,
+        )
+        self.time_steps, self.distilled = time_steps, distilled
         self.num_features = time_steps * dims[-1]
         self.lif = LIF(time_steps)
         self.drop = nn.Dropout(drop_rate)
@@ -142,19 +145,13 @@ class MetaSpikeFormer(nn.Module):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Tables of relative positions, where the mixer chosen has them."""
-        return {name for name, _ in self.named_parameters() if "bias_table" in name or "rpb" in name.split(".")[-1]}
+        return position_tables(self)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Which layer a parameter belongs to, for learning rates that decay with depth."""
         fine = [(r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^stages\.(\d+)", (0,)), (r"^head", (99999,))]
         return {"stem": r"^stem", "blocks": [(r"^stages\.(\d+)", None), (r"^head", (99999,))] if coarse else fine}
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute each block again in the backward pass instead of keeping what is inside it."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable  # type: ignore[assignment]
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -174,59 +171,30 @@ class MetaSpikeFormer(nn.Module):
     def _classifier(self) -> nn.Module:
         if not self.num_classes:
             return nn.Identity()
-        like = self.stem.conv.weight
+        like = next(self.stem.parameters())
         classifier = nn.Linear(self.head_hidden_size, self.num_classes, device=like.device, dtype=like.dtype)
         trunc_normal_(classifier.weight, std=0.02)
         nn.init.zeros_(classifier.bias)
         return classifier
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """Maps (B, C, ceil(H / stride), ceil(W / stride)) of the levels ``indices`` (the last n for a number).
+    def start(self, x: Tensor) -> Tensor:
+        return self.stem(x).repeat(self.time_steps, 1, 1, 1)
 
-        Args:
-            norm: of no account, there is no norm behind the stages.
-            stop_early: leave out the stages behind the last one asked for.
-            intermediates_only: return the list alone, not (``forward_features`` of ``x``, list).
+    def level(self, x: Tensor, stage: int, norm: bool) -> Tensor:
+        """The mean over time; there is no norm behind the stages."""
+        return x.unflatten(0, (self.time_steps, -1)).mean(0)
 
-        Raises:
-            InputError: another format than NCHW is asked for.
-        """
-        if output_fmt != "NCHW":
-            raise InputError(f"output_fmt={output_fmt} is not possible; these maps are NCHW.")
-        wanted = indices if indices is None or isinstance(indices, int) else list(indices)
-        take, last = feature_take_indices(len(LEVELS), wanted)
-        asked = [LEVELS[i] for i in take]
-        x = self._start(x)
-        maps = []
-        for i, stage in enumerate(self.stages):
-            if stop_early and intermediates_only and i > LEVELS[last]:
-                break
-            x = stage(x)
-            if i in asked:
-                maps.append(x.unflatten(0, (self.time_steps, -1)).mean(0))
-        return maps if intermediates_only else (self._steps_in_channels(x), maps)
+    def finish(self, x: Tensor) -> Tensor:
+        """(T * B, C, H, W) as (B, T * C, H, W)."""
+        return x.unflatten(0, (self.time_steps, -1)).transpose(0, 1).flatten(1, 2)
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the stages that the levels ``indices`` do not need, in place, and return the levels' numbers."""
-        take, last = feature_take_indices(len(LEVELS), indices if isinstance(indices, int) else list(indices))
-        shortened = LEVELS[last] < len(self.stages) - 1
-        self.stages = self.stages[: LEVELS[last] + 1]
-        if prune_head or shortened:
-            self.reset_classifier(0, "")
+        """Drop what the maps of the levels ``indices`` do not need, in place, and return the levels' numbers."""
+        take = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        self.num_features = self.time_steps * self.head_hidden_size
         return take
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        return self._steps_in_channels(self.stages(self._start(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:
         """Firing rates (B, C), or logits (B, num_classes) of them; two of these in training when distilled."""
@@ -242,16 +210,6 @@ class MetaSpikeFormer(nn.Module):
             return self.head(rates)
         both = self.head(rates), self.head_dist(rates)
         return both if self.training else (both[0] + both[1]) / 2
-
-    def forward(self, x: Tensor) -> Any:
-        return self.forward_head(self.forward_features(x))
-
-    def _start(self, x: Tensor) -> Tensor:
-        return self.stem(x).repeat(self.time_steps, 1, 1, 1)
-
-    def _steps_in_channels(self, x: Tensor) -> Tensor:
-        """(T * B, C, H, W) as (B, T * C, H, W)."""
-        return x.unflatten(0, (self.time_steps, -1)).transpose(0, 1).flatten(1, 2)
 
 
 @torch.no_grad()
@@ -285,36 +243,13 @@ def _check(dims: Sequence[int], depths: Sequence[int], num_heads: int, attention
     return list(attention)
 
 
-def _cfg() -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (14, 14),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv",
-        "classifier": "head",
-        "license": "unknown",
-        "paper_ids": "arXiv:2404.03663",
-        "origin_url": "https://github.com/BICLab/Spike-Driven-Transformer-V2",
-    }
-
-
-default_cfgs = generate_default_cfgs({f"metaspikformer_8_{width}": _cfg() for width in (256, 384, 512)})
+_SOURCE = {"paper_ids": "arXiv:2404.03663", "origin_url": "https://github.com/BICLab/Spike-Driven-Transformer-V2"}
+_CFG = describe("stem.conv", "unknown", pool_size=(14, 14), crop_pct=0.875, classifier="head", **_SOURCE)
+default_cfgs = generate_default_cfgs({f"metaspikformer_8_{width}": _CFG for width in (256, 384, 512)})
 
 
 def _build(variant: str, pretrained: bool, own: dict[str, Any], given: dict[str, Any]) -> nn.Module:
-    return build_model_with_cfg(
-        MetaSpikeFormer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        **own | given,
-    )
+    return build(MetaSpikeFormer, variant, pretrained, checkpoint_filter_fn, own, given)
 
 
 @register_model

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from backbones.weights import unwrapped
+
 _PLACES = {
     "downsample1_1.": "stem.",
     "ConvBlock1_1.0.": "stages.0.blocks.0.",
@@ -40,11 +42,7 @@ _PARTS = {
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """The authors' weights under this model's names; its own state dicts pass unchanged."""
-    for key in ("model_ema", "state_dict", "model"):
-        if isinstance(state_dict.get(key), Mapping):
-            state_dict = state_dict[key]
-            break
-    state = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    state = unwrapped(state_dict)
     if "downsample1_1.encode_conv.weight" not in state:
         return state
     renamed = {}

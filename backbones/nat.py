@@ -35,14 +35,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from backbones.choices import choose
+from backbones.four_stages import build, drop_path_rates, stage_grids
 from backbones.nat_dilations import Dilations, dilations_of_blocks
-from backbones.nat_layers import Block, ConvDownsample, ConvStem, PatchMerging, PatchStem, grids_of
+from backbones.nat_layers import Block, ConvDownsample, ConvStem, PatchMerging, PatchStem
 from backbones.nat_names import checkpoint_filter_fn
-from backbones.nat_network import NeighborhoodNetwork, build_mixer, describe, mixers_of_stages
+from backbones.nat_network import NeighborhoodNetwork, build_mixer, described, mixers_of_stages
 from backbones.stages import Stage
 from kernels.errors import InputError
 
@@ -106,8 +107,9 @@ class NAT(NeighborhoodNetwork):
             )
         dims = [embed_dim * 2**i for i in range(len(depths))]
         strides = [4 * 2**i for i in range(len(depths))]
-        grids = grids_of(img_size, strides)
+        grids = stage_grids(img_size, strides)
         mixers = mixers_of_stages(attention, choose("neighborhood", ("mixer",)), len(depths))
+        rates = drop_path_rates(drop_path_rate, depths)
         spread = dilations_of_blocks(dilations, depths)
         downsample = PatchMerging if merging else ConvDownsample
         stages = []
@@ -128,7 +130,7 @@ class NAT(NeighborhoodNetwork):
                     mlp_ratio,
                     layer_scale,
                     drop=proj_drop_rate,
-                    drop_path=drop_path_rate * (sum(depths[:i]) + index) / max(sum(depths) - 1, 1),
+                    drop_path=rates[i][index],
                 )
                 for index in range(depth)
             ]
@@ -176,7 +178,7 @@ _VARIANTS: dict[str, dict[str, Any]] = {
 
 default_cfgs = generate_default_cfgs(
     {
-        name: describe(
+        name: described(
             "stem.proj" if name.startswith("dinat_s_") else "stem.proj.0",
             "2209.15001" if name.startswith("dinat") else "2204.07143",
         )
@@ -186,14 +188,8 @@ default_cfgs = generate_default_cfgs(
 
 
 def _build(variant: str, pretrained: bool, attention: Any, given: dict[str, Any]) -> nn.Module:
-    return build_model_with_cfg(
-        NAT,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        **_VARIANTS[variant] | {"attention": attention} | given,
-    )
+    own = _VARIANTS[variant] | {"attention": attention}
+    return build(NAT, variant, pretrained, checkpoint_filter_fn, own, given)
 
 
 @register_model

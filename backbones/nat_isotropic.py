@@ -35,10 +35,11 @@ from attention.masking import key_mask
 from attention.mixer import Mixer
 from attention.softmax import SoftmaxAttention
 from backbones.choices import Choice, choose
+from backbones.four_stages import drop_path_rates, stage_grids
 from backbones.nat_dilations import dilations_of_blocks
-from backbones.nat_layers import Block, PatchStem, grids_of
+from backbones.nat_layers import Block, PatchStem
 from backbones.nat_names import checkpoint_filter_fn, resize_table
-from backbones.nat_network import NeighborhoodNetwork, build_mixer, describe, mixers_of_stages
+from backbones.nat_network import NeighborhoodNetwork, build_mixer, described, mixers_of_stages
 from backbones.stages import Stage
 from kernels.errors import InputError
 from kernels.window_attention import relative_position_bias
@@ -132,8 +133,9 @@ class NATIsotropic(NeighborhoodNetwork):
         if kernel_size is not None:
             default = choose("neighborhood", ("mixer",))
         mixer = mixers_of_stages(attention, default, 1)[0]
+        (rates,) = drop_path_rates(drop_path_rate, [depth])
         (spread,) = dilations_of_blocks([dilations], [depth])
-        (grid,) = grids_of(img_size, [patch_size])
+        (grid,) = stage_grids(img_size, [patch_size])
         blocks = [
             Block(
                 embed_dim,
@@ -150,7 +152,7 @@ class NATIsotropic(NeighborhoodNetwork):
                 mlp_ratio,
                 layer_scale,
                 drop=proj_drop_rate,
-                drop_path=drop_path_rate * index / max(depth - 1, 1),
+                drop_path=rates[index],
             )
             for index in range(depth)
         ]
@@ -183,7 +185,7 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "vitrpb_base": _BASE | {"kernel_size": None},
 }
 
-default_cfgs = generate_default_cfgs({name: describe("stem.proj", "2209.15001", 14) for name in _VARIANTS})
+default_cfgs = generate_default_cfgs({name: described("stem.proj", "2209.15001", 14) for name in _VARIANTS})
 
 
 def _build(variant: str, pretrained: bool, attention: Any, given: dict[str, Any]) -> nn.Module:

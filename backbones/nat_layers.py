@@ -6,9 +6,6 @@ Parameter names within each are those of the released weights, so far as they ha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch.nn.functional as F
 from timm.layers.drop import DropPath
 from timm.layers.layer_scale import LayerScale
 from timm.layers.mlp import Mlp
@@ -16,7 +13,7 @@ from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
 from attention.layout import to_channels_first, to_channels_last
-from kernels.errors import InputError
+from backbones.four_stages import padded
 
 EPS = 1e-5
 
@@ -82,7 +79,7 @@ class PatchStem(nn.Module):
         self.patch = patch
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.proj(_to_multiple(x, self.patch)))
+        return self.norm(self.proj(padded(x, self.patch)))
 
 
 class ConvDownsample(nn.Module):
@@ -106,24 +103,7 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = to_channels_last(_to_multiple(x, 2)).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
+        x = to_channels_last(padded(x, 2)).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
         # (B, H / 2, row, W / 2, column, C): the tokens of a column come one after the other.
         x = x.permute(0, 1, 3, 4, 2, 5).flatten(3)
         return to_channels_first(self.reduction(self.norm(x)))
-
-
-def grids_of(img_size: int | Sequence[int], strides: Sequence[int]) -> list[tuple[int, int]]:
-    """Rows and columns of the maps at ``strides`` of an image of ``img_size``, one number or (height, width).
-
-    Raises:
-        InputError: it is neither.
-    """
-    sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-    if len(sides) != 2 or min(sides) < 1:
-        raise InputError(f"img_size={img_size} must be one number or (height, width), in pixels.")
-    return [(-(-sides[0] // stride), -(-sides[1] // stride)) for stride in strides]
-
-
-def _to_multiple(x: Tensor, of: int) -> Tensor:
-    below, right = -x.shape[-2] % of, -x.shape[-1] % of
-    return F.pad(x, (0, right, 0, below)) if below or right else x

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+from backbones.weights import unwrapped
+
 _RULES = [
     (re.compile(pattern), ours)
     for pattern, ours in (
@@ -29,14 +30,12 @@ def checkpoint_filter_fn(state: Mapping[str, Tensor], model: nn.Module) -> dict[
     Tables of relative positions are resized where the kernel, or the map that sees all of itself, is of another size.
     Norms of levels, which ImageNet weights have not, are the model's own.
     """
-    content = next((state[key] for key in _WRAPPERS if isinstance(state.get(key), Mapping)), state)
-    assert isinstance(content, Mapping)
     own = model.state_dict()
     found: dict[str, Tensor] = {key: value for key, value in own.items() if key.startswith("level_norms.")}
-    for key, value in content.items():
+    for key, value in unwrapped(state).items():
         if key.endswith("relative_position_index"):  # follows from the size of the map
             continue
-        name = _ours(key.removeprefix("module."))
+        name = _ours(key)
         if name.endswith(".rpb") and name in own and value.shape != own[name].shape:
             value = resize_table(value, (own[name].shape[1], own[name].shape[2]))
         found[name] = value

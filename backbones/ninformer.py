@@ -25,18 +25,9 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from attention.ninformer import NiNBlock
-from backbones.four_stages import (
-    Size,
-    build,
-    chosen_mixers,
-    describe,
-    drop_path_rates,
-    rename_within,
-    stage_grids,
-    taking_masks,
-    unwrapped,
-)
+from backbones.four_stages import Size, build, chosen_mixers, describe, drop_path_rates, stage_grids, taking_masks
 from backbones.isotropic import IsotropicNetwork, Tokens
+from backbones.weights import rename_within, unwrapped
 from kernels.errors import InputError
 
 __all__ = ["NiNformer", "checkpoint_filter_fn"]

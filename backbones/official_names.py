@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-State = dict[str, Tensor]
+from backbones.weights import State, unwrapped
 
 
 def to_timm(state_dict: Mapping[str, Any]) -> State:
@@ -34,15 +34,6 @@ def to_timm(state_dict: Mapping[str, Any]) -> State:
     if any(key.startswith("main_blocks.") for key in state):
         return davit(state)
     return state
-
-
-def unwrapped(state_dict: Mapping[str, Any]) -> State:
-    """The weights themselves, out of a checkpoint and without the prefix of data-parallel training."""
-    for key in ("model_ema", "state_dict", "model"):
-        if isinstance(state_dict.get(key), Mapping):
-            state_dict = state_dict[key]
-            break
-    return {key.removeprefix("module."): value for key, value in state_dict.items() if isinstance(value, Tensor)}
 
 
 def crossvit(state: Mapping[str, Tensor]) -> State:

@@ -30,13 +30,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from attention.dilated_reparam import merge_reparam
 from attention.resizing import resize
+from backbones.four_stages import Classifying, as_indices, build, describe, drop_path_rates, only_nchw
 from backbones.overlock_names import checkpoint_filter_fn
 from backbones.overlock_stages import (
     AuxiliaryHead,
@@ -45,7 +45,6 @@ from backbones.overlock_stages import (
     Stage,
     base_stages,
     check_lengths,
-    drop_path_rates,
     focus_mixers,
     focus_stages,
     initialise,
@@ -58,7 +57,7 @@ __all__ = ["OverLoCK", "auxiliary_loss", "checkpoint_filter_fn"]
 DENSE = ("segmentation", "detection")
 
 
-class OverLoCK(nn.Module):
+class OverLoCK(Classifying):
     """Images (B, in_chans, H, W) of any size to logits (B, num_classes).
 
     ``forward_features`` gives the last map (B, num_features, H/32, W/32), tokens and context. Levels 0 and 1 of the
@@ -131,7 +130,7 @@ class OverLoCK(nn.Module):
             {"num_chs": width, "reduction": 4 * 2**i, "module": name}
             for i, (width, name) in enumerate(zip(channels, ("base.0", "base.1", "focus.0", "focus.1"), strict=True))
         ]
-        rates = drop_path_rates(drop_path_rate, sum(depths) + sum(focus_depths))
+        (rates,) = drop_path_rates(drop_path_rate, [sum(depths) + sum(focus_depths)])
         self.stem = stem(in_chans, dims[0])
         stages = base_stages(depths, dims, kernel_sizes, mlp_ratios, layer_scale, rates, merged)
         self.base: list[Stage] = nn.ModuleList(stages[:3])  # type: ignore[assignment]
@@ -154,9 +153,7 @@ class OverLoCK(nn.Module):
         )
         self.head = Head(channels[3], head_width, num_classes, global_pool, drop_rate)
         self.with_aux_head = aux_head
-        self.aux_head: AuxiliaryHead | None = None
-        if aux_head and num_classes:
-            self.aux_head = AuxiliaryHead(dims[3], num_classes)
+        self.aux_head = AuxiliaryHead(dims[3], num_classes) if aux_head and num_classes else None
         self.dense: DenseLevels | None = None
         if dense is not None:
             self.dense = DenseLevels(channels, dims[3] if dense == "detection" else None)
@@ -192,10 +189,6 @@ class OverLoCK(nn.Module):
         for stage in self.modules():
             if isinstance(stage, Stage):
                 stage.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """New classifiers; 0 classes for none, an empty ``global_pool`` for the unpooled last map."""
@@ -238,10 +231,8 @@ class OverLoCK(nn.Module):
         Raises:
             InputError: another format than NCHW is asked for.
         """
-        if output_fmt != "NCHW":
-            raise InputError(f"output_fmt={output_fmt} is not possible; these maps are NCHW.")
-        wanted = indices if indices is None or isinstance(indices, int) else list(indices)
-        take, last = feature_take_indices(len(self.feature_info), wanted)
+        only_nchw(output_fmt)
+        take, last = feature_take_indices(len(self.feature_info), as_indices(indices))
         maps, _ = self._maps(x, last + 1 if stop_early else len(self.feature_info))
         found = [maps[i].contiguous() for i in take]
         return found if intermediates_only else (maps[-1], found)
@@ -254,7 +245,7 @@ class OverLoCK(nn.Module):
         Norms of a dense form that these levels need stay, whatever ``prune_norm``.
         """
         levels = len(self.feature_info)
-        take, last = feature_take_indices(levels, indices if isinstance(indices, int) else list(indices))
+        take, last = feature_take_indices(levels, as_indices(indices))
         if last < 2:
             self.base = self.base[: last + 1]
             self.overview, self.context = None, nn.Identity()
@@ -270,9 +261,6 @@ class OverLoCK(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         return self._maps(x)[0][-1]
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.head(x, pre_logits=pre_logits)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (B, num_classes); while training with an auxiliary head, also those of the overview."""
@@ -323,37 +311,15 @@ def auxiliary_loss(output: Tensor | tuple[Tensor, Tensor], target: Tensor, weigh
 # ------------------------------------------------------------------------------------------------------ entry points
 
 
-def _cfg(crop_pct: float) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": crop_pct,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.0",
-        "classifier": "head.fc",
-        "license": "apache-2.0",
-        "paper_ids": "arXiv:2502.20087",
-        "origin_url": "https://github.com/LMMMEng/OverLoCK",
-    }
-
-
+_SOURCE = {"paper_ids": "arXiv:2502.20087", "origin_url": "https://github.com/LMMMEng/OverLoCK"}
 _CROPS = {"overlock_xtiny": 0.925, "overlock_tiny": 0.95, "overlock_small": 0.95, "overlock_base": 0.975}
-default_cfgs = generate_default_cfgs({name: _cfg(crop_pct) for name, crop_pct in _CROPS.items()})
+default_cfgs = generate_default_cfgs(
+    {name: describe("stem.0", "apache-2.0", crop_pct=crop, **_SOURCE) for name, crop in _CROPS.items()}
+)
 
 
 def _build(variant: str, pretrained: bool, own: dict[str, Any], given: dict[str, Any]) -> nn.Module:
-    return build_model_with_cfg(
-        OverLoCK,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        **own | given,
-    )
+    return build(OverLoCK, variant, pretrained, checkpoint_filter_fn, own, given)
 
 
 @register_model

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from attention.dilated_reparam import DilatedReparam
+from backbones.weights import unwrapped
 from kernels.errors import InputError
 
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 _PLACES = (
     (r"patch_embed1\.", "stem."),
     (r"patch_embed([23])\.", lambda match: f"base.{int(match[1]) - 1}.downsample."),
@@ -45,7 +45,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     Raises:
         InputError: the weights are merged and ``model`` is not.
     """
-    state = _unwrapped(state_dict)
+    state = _backbone(state_dict)
     own = model.state_dict()
     state = {_renamed(key): value for key, value in state.items()}
     for key in ("head.fc.weight", "aux_head.fc.weight"):
@@ -61,10 +61,9 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     return {key: value for key, value in own.items() if key.startswith(kept) and key not in state} | state
 
 
-def _unwrapped(state: Mapping[str, Any]) -> dict[str, Tensor]:
+def _backbone(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """The state dict inside a training checkpoint, without prefixes and without a detector's other parts."""
-    inner = next((state[key] for key in _WRAPPERS if isinstance(state.get(key), Mapping)), state)
-    plain = {key.removeprefix("module."): value for key, value in inner.items()}
+    plain = unwrapped(state)
     inside = {key.removeprefix("backbone."): value for key, value in plain.items() if key.startswith("backbone.")}
     return inside or plain
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from attention.contmix import init_convolution
 from attention.contmix_block import ChannelNorm, LayerScale
 from backbones.choices import per_stage
+from backbones.four_stages import stage_grids
 from backbones.overlock_blocks import BaseBlock, ChosenMixer, ContextMixer, FocusBlock
 from kernels.errors import InputError
 
@@ -200,12 +201,13 @@ def focus_mixers(
     """
     chosen = [None, None] if attention is None else per_stage(attention, 2, "mixer", "the focus of this backbone")
 
+    grids = stage_grids(img_size, (16, 32))
+
     def build(stage: int, index: int) -> nn.Module:
         choice, dim, heads = chosen[stage], dims[stage], num_heads[stage]
         if choice is None:
             return ContextMixer(dim, context_dim, heads, kernel_sizes[stage], smk_size)
-        grid = _grid(img_size, 16 * 2**stage)
-        return ChosenMixer(dim, choice.build(dim, index, num_heads=heads, input_size=grid))
+        return ChosenMixer(dim, choice.build(dim, index, num_heads=heads, input_size=grids[stage]))
 
     return [[build(stage, index) for index in range(depth)] for stage, depth in enumerate(depths)]
 
@@ -244,11 +246,6 @@ def focus_stages(
     ]
 
 
-def drop_path_rates(last: float, blocks: int) -> list[float]:
-    """Probabilities that rise from 0 to ``last``."""
-    return [last * index / max(blocks - 1, 1) for index in range(blocks)]
-
-
 def initialise(model: nn.Module) -> None:
     """Weights of deviation 0.02 in convolutions and classifiers; chosen mixers bring their own."""
     if isinstance(model, ChosenMixer):
@@ -266,11 +263,3 @@ def check_lengths(length: int, **lists: Sequence[float]) -> None:
     for name, values in lists.items():
         if len(values) != length or min(values) <= 0:
             raise InputError(f"overlock: {name}={list(values)} needs {length} positive entries, one per stage.")
-
-
-def _grid(img_size: int | Sequence[int], stride: int) -> tuple[int, int]:
-    """Size of an image's map at a stride."""
-    sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-    if len(sides) != 2 or min(sides) < 1:
-        raise InputError(f"img_size={img_size} must be one number or (height, width), in pixels.")
-    return -(-sides[0] // stride), -(-sides[1] // stride)

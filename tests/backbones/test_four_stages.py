@@ -12,7 +12,7 @@ from torch import nn
 import backbones
 from attention.agent import AgentAttention
 from attention.window import WindowAttention
-from backbones import dependency_vit, duoformer, four_stages, global_deit, global_swin, l2vit, mavit, ninformer
+from backbones import dependency_vit, duoformer, four_stages, global_deit, global_swin, l2vit, mavit, ninformer, weights
 from kernels.errors import InputError
 
 FAMILIES = (mavit, l2vit, global_swin, global_deit, ninformer, dependency_vit, duoformer)
@@ -32,7 +32,7 @@ def test_tables_of_another_window_or_map_are_resized() -> None:
     large = nn.ModuleDict({"w": WindowAttention(8, 2, 5), "a": AgentAttention(8, 2, (8, 6), agents=4)})
     with torch.no_grad():
         small["a"].bias.ah_bias.fill_(0.25)
-    fitted = four_stages.with_tables_resized(small.state_dict(), large)
+    fitted = weights.with_tables_resized(small.state_dict(), large)
     large.load_state_dict(fitted)
     assert fitted["a.bias.ah_bias"].shape == (1, 2, 4, 8, 1) and fitted["a.bias.ah_bias"].unique().item() == 0.25
     torch.testing.assert_close(fitted["a.bias.aw_bias"], small["a"].bias.aw_bias)
@@ -43,9 +43,24 @@ def test_tables_of_another_window_or_map_are_resized() -> None:
 
 def test_weights_come_out_of_training_checkpoints() -> None:
     weight = torch.ones(1)
-    assert four_stages.unwrapped({"model": {"module.a": weight}, "epoch": 3}) == {"a": weight}
-    assert four_stages.unwrapped({"state_dict": {"model_ema": {"a": weight}}}) == {"a": weight}
-    assert four_stages.unwrapped({"a": weight}) == {"a": weight}
+    assert weights.unwrapped({"model": {"module.a": weight}, "epoch": 3}) == {"a": weight}
+    assert weights.unwrapped({"state_dict": {"model_ema": {"a": weight}}}) == {"a": weight}
+    assert weights.unwrapped({"a": weight}) == {"a": weight}
+
+
+def test_averaged_weights_come_first_and_what_is_no_tensor_is_left_out() -> None:
+    weight, averaged = torch.ones(1), torch.zeros(1)
+    held = {"model": {"a": weight}, "state_dict_ema": {"module.a": averaged, "module.epoch": 3}}
+    assert weights.unwrapped(held) == {"a": averaged}
+
+
+@pytest.mark.parametrize("name", ["metaformer_tiny", "biformer_tiny", "nat_mini", "mavit_tiny"])
+def test_stopping_early_does_not_change_the_features(name: str) -> None:
+    model, x = backbones.create(name).eval(), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        final, (first,) = model.forward_intermediates(x, indices=[0], stop_early=True)
+        torch.testing.assert_close(final, model.forward_features(x))
+    assert first.shape[1:] == (model.feature_info[0]["num_chs"], 16, 16)
 
 
 def test_drop_path_grows_evenly_over_all_blocks() -> None:

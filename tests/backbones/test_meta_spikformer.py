@@ -42,6 +42,12 @@ def test_parameters_are_as_many_as_published(width: int, millions: float) -> Non
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == millions
 
 
+def test_a_pruned_model_says_how_many_channels_are_left() -> None:
+    model = backbones.create("metaspikformer_8_256", time_steps=3, **TINY).eval()
+    model.prune_intermediate_layers([1])
+    assert model.forward_features(torch.randn(1, 3, 32, 32)).shape[1] == model.num_features == 3 * 8
+
+
 def test_a_neuron_integrates_fires_and_falls_back() -> None:
     inputs = torch.tensor([1.2, 1.2, 1.2, 0.0, 4.0, 0.0])
     # 0.6, 0.9, 1.05 fires; from 0: 0, 2 fires; 0.
