@@ -12,6 +12,7 @@ broadcast to (B, H, Lq, Lk). A query that sees no key gives 0, log-sum-exp -inf,
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ from torch import Tensor
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 _HALF = (torch.float16, torch.bfloat16)
+# Weights are powers of 2: on the CPU PyTorch's exp takes up to twenty times as long where scores are hidden or underflow.
+LOG2E = math.log2(math.e)
 
 
 def attend(
@@ -52,7 +55,7 @@ def attend(
     scores = _scores(q, k, scale, mask, bias)
     # Dividing the few outputs instead of the many weights saves two passes over the scores.
     highest = _finite(scores.amax(-1, keepdim=True))
-    weights = scores.sub_(highest).exp_()
+    weights = scores.sub_(highest).mul_(LOG2E).exp2_()
     total = weights.sum(-1, keepdim=True)
     out = _per_key_head(weights, v).flatten(1, 2) / total.clamp_min(torch.finfo(total.dtype).tiny)
     return out.to(q.dtype), (highest + total.log())[..., 0]
@@ -85,17 +88,24 @@ def attend_backward(
             grad_out, q, k, v, out, _finite(lse), 0.0, False, attn_mask=_additive(mask, bias, q), scale=scale
         )
         return d_q[..., :d], d_k[..., :d], d_v[..., :e], None
-    groups = k.shape[1]
-    weights = (_scores(q, k, scale, mask, bias) - _finite(lse)[..., None]).exp_()
-    grad_out = grad_out.to(weights.dtype)
-    d_v = (weights.unflatten(1, (groups, -1)).mT @ grad_out.unflatten(1, (groups, -1))).sum(2)
-    delta = (grad_out * out).sum(-1, keepdim=True)
+    # Query heads that share a key head are further rows of its products, which then sum over them.
+    shape, groups = (*q.shape[:3], k.shape[2]), k.shape[0] * k.shape[1]
+    rows, d_rows, keys, values = (_per_group(t, groups) for t in (q, grad_out, k, v))
+    start = _finite(lse).contiguous()[..., None] * -LOG2E  # or all scores would follow the strides of lse
+    added = _additive(mask, bias, q)
+    if added is not None:
+        start = start + added.to(lse.dtype) * LOG2E
+    start = start.expand(shape).reshape(*rows.shape[:2], -1)
+    weights = torch.baddbmm(start, rows, keys.mT, alpha=scale * LOG2E).exp2_()
+    delta = (d_rows * _per_group(out, groups)).sum(-1, keepdim=True)
     if grad_lse is not None:
-        delta = delta - grad_lse[..., None]
-    d_scores = _per_key_head(grad_out, v.mT).flatten(1, 2).sub_(delta).mul_(weights)
-    d_q = _per_key_head(d_scores, k).flatten(1, 2) * scale
-    d_k = (d_scores.unflatten(1, (groups, -1)).mT @ q.to(d_scores.dtype).unflatten(1, (groups, -1))).sum(2) * scale
-    d_bias = d_scores.sum_to_size(bias.shape).to(bias.dtype) if bias is not None and bias_gradient else None
+        delta -= grad_lse.reshape(delta.shape)
+    d_scores = torch.bmm(d_rows, values.mT).sub_(delta).mul_(weights)
+    d_q = torch.bmm(d_scores, keys).mul_(scale).view(q.shape)
+    d_k = torch.bmm(d_scores.mT, rows).mul_(scale).view(k.shape)
+    d_v = torch.bmm(weights.mT, d_rows).view(v.shape)
+    wanted = bias is not None and bias_gradient
+    d_bias = d_scores.view(shape).sum_to_size(bias.shape).to(bias.dtype) if wanted else None
     return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype), d_bias
 
 
@@ -145,6 +155,11 @@ def _scores(q: Tensor, k: Tensor, scale: float, mask: Tensor | None, bias: Tenso
     if mask is not None:
         scores.masked_fill_(~mask, -torch.inf)
     return scores
+
+
+def _per_group(x: Tensor, groups: int) -> Tensor:
+    """(B, heads, L, D) as (groups, B * heads * L / groups, D), in the precision of scores."""
+    return x.to(_precise(x)).reshape(groups, x.shape[0] * x.shape[1] * x.shape[2] // groups, x.shape[3])
 
 
 def _per_key_head(left: Tensor, right: Tensor) -> Tensor:

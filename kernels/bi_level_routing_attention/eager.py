@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.bi_level_routing_attention.regions import Regions
-from kernels.softmax_attention import attend, attend_backward
+from kernels.softmax_attention import LOG2E, attend, attend_backward
 
 DENSE = 256  # tokens up to which gathering costs more than attending to everything
 FUSED = 8192  # products of queries and keys of a region from which the fused kernel is faster
@@ -182,16 +182,16 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, 
         out.copy_(part[:, 0])
         lse.copy_(sums[:, 0])
         return
-    weights = torch.bmm(q.to(lse.dtype) * scale, k.to(lse.dtype).mT)
+    weights = torch.bmm(q.to(lse.dtype) * (scale * LOG2E), k.to(lse.dtype).mT)
     if mask is not None:
         weights.masked_fill_(~mask, -torch.inf)
     highest = weights.amax(-1, keepdim=True)  # finite: every region has a token on the map
-    total = weights.sub_(highest).exp_().sum(-1, keepdim=True)
+    total = weights.sub_(highest).exp2_().sum(-1, keepdim=True)
     if out.dtype == lse.dtype:
         torch.bmm(weights, v, out=out).div_(total)
     else:
         out.copy_(torch.bmm(weights, v.to(lse.dtype)).div_(total))
-    torch.add(highest, total.log_(), out=lse[..., None])
+    torch.div(highest.add_(total.log2_()), LOG2E, out=lse[..., None])
 
 
 def _attend_backward(
@@ -222,10 +222,10 @@ def _attend_backward(
         return d_q[:, 0], d_k[:, 0], d_v[:, 0]
     precise = torch.promote_types(q.dtype, torch.float32)
     q, k, v, grad_out = (t.to(precise) for t in (q, k, v, grad_out))
-    weights = torch.bmm(q * scale, k.mT)
+    weights = torch.baddbmm(lse[..., None] * -LOG2E, q, k.mT, alpha=scale * LOG2E)
     if mask is not None:
         weights.masked_fill_(~mask, -torch.inf)
-    weights.sub_(lse[..., None]).exp_()
+    weights.exp2_()
     delta = (grad_out * out).sum(-1, keepdim=True)
     if grad_lse is not None:
         delta -= grad_lse[..., None]

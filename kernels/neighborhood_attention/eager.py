@@ -67,11 +67,11 @@ def backward(
     d_q = q.new_empty(q.shape)
     # Several tiles add to a key: their sum is kept in float32 whatever the keys are.
     d_k, d_v = (t.new_zeros(t.shape, dtype=lse.dtype) for t in (k, v))
-    d_rpb = None if rpb is None or not bias_gradient else rpb.new_zeros(rpb.shape, dtype=lse.dtype)
+    by_look: dict[Look, Tensor] = {}  # sums of the bias' gradient over tiles that look alike
     k_rows, v_rows, d_q_rows, d_k_rows, d_v_rows = (_rows(t, window) for t in (k, v, d_q, d_k, d_v))
     by_query = [None if t is None else _rows(t, window) for t in (grad_out, grad_lse, q, out, lse)]
     bias = _Bias(rpb, q)
-    fused = _fused_serves(q, v, rpb) and grad_lse is None and d_rpb is None
+    fused = _fused_serves(q, v, rpb) and grad_lse is None and not bias_gradient
     for chunk in _chunks(q, k, v, rpb, window):
         gathered = [None if t is None else _gather(t, chunk.queries) for t in by_query]
         keys, values = (_gather(t, chunk.keys) for t in (k_rows, v_rows))
@@ -84,14 +84,19 @@ def backward(
             else:
                 assert g is not None and a is not None and o is not None and sums is not None
                 *grads, d_bias = attend_backward(
-                    g, g_lse, a, b, c, o, sums, scale, hidden, added, bias_gradient=d_rpb is not None
+                    g, g_lse, a, b, c, o, sums, scale, hidden, added, bias_gradient=bias_gradient
                 )
-                if d_rpb is not None and d_bias is not None:
-                    d_rpb += _to_table(d_bias[0], part.look.parts, d_rpb.shape)
+                if d_bias is not None:
+                    by_look[part.look] = d_bias[0] + by_look[part.look] if part.look in by_look else d_bias[0]
             _put(d_q_rows, part.queries, grads[0])
             _add(d_k_rows, part.keys, grads[1])
             _add(d_v_rows, part.keys, grads[2])
-    d_rpb = None if d_rpb is None or rpb is None else d_rpb.to(rpb.dtype)
+    d_rpb = None
+    if rpb is not None and bias_gradient:
+        d_rpb = rpb.new_zeros(rpb.shape, dtype=lse.dtype)
+        for look, d_bias in by_look.items():
+            d_rpb += _to_table(d_bias, look.parts, d_rpb.shape)
+        d_rpb = d_rpb.to(rpb.dtype)
     return d_q, d_k.to(k.dtype), d_v.to(v.dtype), d_rpb
 
 
