@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention.about import About
+from attention.block_parts import DropPath
 from attention.cost import Part, attend, projection
 from attention.cross import Cross
 from attention.folding import Folded, folded_cost, folds, read_folded
@@ -133,7 +134,7 @@ class CrossViTBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attn = CrossViTAttention(dim, num_heads, qkv_bias, proj_drop=proj_drop)
-        self.drop_path = ItemDropout(drop_path)
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, token: Tensor, patches: Tensor) -> Tensor:
         """The class token (B, 1, C) after reading ``patches`` (B, N, C)."""
@@ -226,23 +227,6 @@ class MultiScaleBlock(nn.Module):
         return renamed
 
 
-class ItemDropout(nn.Module):
-    """Stochastic depth: while training, whole items become 0 with ``probability`` and the others grow to make up."""
-
-    def __init__(self, probability: float) -> None:
-        super().__init__()
-        if not 0 <= probability < 1:
-            raise InputError(f"drop_path={probability} must be at least 0 and less than 1.")
-        self.probability = probability
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``x`` (B, ...)."""
-        if not self.training or self.probability == 0:
-            return x
-        kept = torch.rand(len(x), *[1] * (x.dim() - 1), device=x.device) >= self.probability
-        return x * kept.to(x.dtype) / (1 - self.probability)
-
-
 class _EncoderBlock(nn.Module):
     def __init__(self, dim: int, mixer: nn.Module, mlp_ratio: float, drop: float, drop_path: float, eps: float) -> None:
         super().__init__()
@@ -256,7 +240,7 @@ class _EncoderBlock(nn.Module):
         self.mlp.add_module("drop1", nn.Dropout(drop))
         self.mlp.add_module("fc2", nn.Linear(inner, dim))
         self.mlp.add_module("drop2", nn.Dropout(drop))
-        self.drop_path = ItemDropout(drop_path)
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x)))
