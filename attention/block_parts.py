@@ -71,8 +71,8 @@ class DropPath(nn.Module):
 
     def __init__(self, rate: float) -> None:
         super().__init__()
-        if not 0 <= rate < 1:
-            raise InputError(f"drop_path={rate} must be at least 0 and less than 1.")
+        if not 0 <= rate <= 1:
+            raise InputError(f"drop_path={rate} must be from 0 to 1.")
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:

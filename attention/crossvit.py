@@ -110,6 +110,15 @@ class CrossViTAttention(Cross):
         return [*parts, projection("output", asked, self.dim, self.dim)]
 
 
+class ItemDropout(DropPath):
+    """Stochastic depth that keeps some items, so that the mean over items is that of evaluation."""
+
+    def __init__(self, rate: float) -> None:
+        if not 0 <= rate < 1:
+            raise InputError(f"drop_path={rate} must be at least 0 and less than 1.")
+        super().__init__(rate)
+
+
 class CrossViTBlock(nn.Module):
     """A class token plus what it reads from the other branch's tokens, without an MLP.
 
@@ -134,7 +143,7 @@ class CrossViTBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attn = CrossViTAttention(dim, num_heads, qkv_bias, proj_drop=proj_drop)
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = ItemDropout(drop_path)
 
     def forward(self, token: Tensor, patches: Tensor) -> Tensor:
         """The class token (B, 1, C) after reading ``patches`` (B, N, C)."""
@@ -240,7 +249,7 @@ class _EncoderBlock(nn.Module):
         self.mlp.add_module("drop1", nn.Dropout(drop))
         self.mlp.add_module("fc2", nn.Linear(inner, dim))
         self.mlp.add_module("drop2", nn.Dropout(drop))
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = ItemDropout(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x)))

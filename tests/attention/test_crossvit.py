@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 import attention
-from attention.block_parts import DropPath
-from attention.crossvit import CrossViTAttention, CrossViTBlock, MultiScaleBlock
+from attention.crossvit import CrossViTAttention, CrossViTBlock, ItemDropout, MultiScaleBlock
 from attention.folding import folds
 from kernels.errors import InputError
 from tests.attention.released.crossvit import released
@@ -117,6 +116,6 @@ def test_bad_values_are_refused() -> None:
     with pytest.raises(InputError, match=r"one depth more; got dims=\[8, 12\].*depths=\[1, 1\]"):
         MultiScaleBlock([8, 12], [2, 2], [1, 1], [1, 1])
     with pytest.raises(InputError, match="drop_path=1 must be"):
-        DropPath(1)
+        ItemDropout(1)
     with pytest.raises(InputError, match="dim=24 is not divisible into num_heads=5"):
         make(heads=5)
