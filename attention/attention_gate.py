@@ -11,7 +11,7 @@ therefore those of its own grid.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,10 @@ from attention.about import About
 from attention.conv_norm import fold, pointwise_norm
 from attention.cost import Part, elementwise, projection
 from attention.gate import Gate
+from attention.masked_mean import adaptive_mean
 from attention.parameters import NotNegative
 from attention.registry import register
+from attention.resizing import resize
 from kernels.errors import InputError, unknown_name
 
 MERGES = ("concatenation", "sum")
@@ -105,12 +107,12 @@ class AttentionGate(Gate):
         here, there = x.shape[2:], signal.shape[2:]
         source = x
         if self.resolution == "signal" and here != there:
-            source = _AVERAGES[len(here)](x, there)
+            source = adaptive_mean(x, None, there)[0]
         grid = source.shape[2:]
         key = _projected(source.flatten(2), self.map_proj, self.map_norm)
         query = _projected(signal.flatten(2), self.signal_proj, self.signal_norm).unflatten(2, there)
-        weights = torch.sigmoid(self._scores(_resized(query, grid).flatten(2), key)).unflatten(2, grid)
-        weights = _resized(weights, here)
+        weights = torch.sigmoid(self._scores(resize(query, grid).flatten(2), key)).unflatten(2, grid)
+        weights = resize(weights, here)
         return x * weights, weights
 
     def _scores(self, query: Tensor, key: Tensor) -> Tensor:
@@ -128,7 +130,7 @@ class AttentionGate(Gate):
 
     def _checked(self, x: Tensor, signal: Tensor | None) -> Tensor:
         given = x if signal is None else signal
-        fits = given.dim() == x.dim() and given.shape[:2] == (len(x), self.signal_dim)
+        fits = given.dim() == x.dim() and given.shape[:2] == (x.shape[0], self.signal_dim)
         if fits and min(given.shape[2:]) > 0:
             return given
         if signal is None:
@@ -162,19 +164,5 @@ class AttentionGate(Gate):
         return renamed
 
 
-_AVERAGES: dict[int, Callable[..., Tensor]] = {
-    1: F.adaptive_avg_pool1d,
-    2: F.adaptive_avg_pool2d,
-    3: F.adaptive_avg_pool3d,
-}
-_MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
-
-
 def _projected(x: Tensor, conv: nn.Conv1d, norm: nn.Module) -> Tensor:
     return pointwise_norm(x, conv, norm) if isinstance(norm, nn.BatchNorm1d) else conv(x)
-
-
-def _resized(x: Tensor, size: Sequence[int]) -> Tensor:
-    if x.shape[2:] == tuple(size):
-        return x
-    return F.interpolate(x, size=list(size), mode=_MODES[len(size)], align_corners=False)

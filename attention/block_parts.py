@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention.masking import blank
+from kernels.errors import InputError
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -29,7 +30,7 @@ def depthwise_each(x: Tensor, kernels: Tensor) -> Tensor:
     Args:
         kernels: (B, C, *taps) with odd taps, over the last axes of the grid.
     """
-    if not len(x):  # convolutions have at least one group
+    if x.shape[0] == 0:  # convolutions have at least one group
         return x * kernels.sum()
     axes = x.dim() - 2
     taps = (1,) * (axes + 2 - kernels.dim()) + kernels.shape[2:]
@@ -37,7 +38,7 @@ def depthwise_each(x: Tensor, kernels: Tensor) -> Tensor:
     out = _CONVOLUTIONS[axes](
         maps, kernels.reshape(-1, 1, *taps), padding=[count // 2 for count in taps], groups=maps.shape[1]
     )
-    return out[0].unflatten(0, (len(x), -1)).movedim(1, -1)
+    return out[0].unflatten(0, (x.shape[0], -1)).movedim(1, -1)
 
 
 class ConditionalPosition(nn.Module):
@@ -70,6 +71,8 @@ class DropPath(nn.Module):
 
     def __init__(self, rate: float) -> None:
         super().__init__()
+        if not 0 <= rate <= 1:
+            raise InputError(f"drop_path={rate} must be from 0 to 1.")
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:

@@ -2,46 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from attention.about import About
-from attention.cost import Part
+from attention.base import AttentionModule, head_width
 from attention.masking import blank
 from kernels.errors import InputError
 
 
-class Cross(nn.Module):
+class Cross(AttentionModule):
     """Base of cross attention: queries (B, M, C) read from tokens (B, N, C).
 
     A subclass sets ``about`` and implements :meth:`read` and :meth:`cost`. Its constructor takes ``dim`` and
     ``num_heads`` first.
     """
 
-    name: ClassVar[str] = ""
-    """As registered; a class that is not has its own name."""
-    about: ClassVar[About]
     takes_choices: ClassVar[bool] = False
     """Whether it selects, so that a small change of the input may change the output at once."""
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        cls.name = cls.__dict__.get("name", cls.__name__)
-
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
-        if dim < 1 or num_heads < 1 or dim % num_heads:
-            fitting = [heads for heads in range(1, max(dim, 1) + 1) if dim > 0 and dim % heads == 0]
-            raise InputError(
-                f"attention '{self.name}': dim={dim} is not divisible into num_heads={num_heads} heads; take num_heads "
-                f"from {', '.join(map(str, fitting)) or 'the divisors of a positive dim'}."
-            )
         self.dim = dim
         self.num_heads = num_heads
-        self.head_dim = dim // num_heads
+        self.head_dim = head_width(self.name, dim, num_heads)
 
     def forward(
         self, q: Tensor, kv: Tensor, mask: Tensor | None = None, *, return_attention: bool = False, **options: Any
@@ -90,15 +75,3 @@ class Cross(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Output and, when wanted, weights (B, heads, M, N) for checked arguments; masked tokens of ``kv`` are 0."""
         raise NotImplementedError
-
-    def cost(self, shape: Sequence[int]) -> list[Part]:
-        """What ``shape`` = (B, M, N) costs, step by step (see :mod:`attention.cost`)."""
-        raise NotImplementedError
-
-    def flops(self, shape: Sequence[int]) -> float:
-        """Operations of the forward pass on (B, M, N)."""
-        return sum(part.flops for part in self.cost(shape))
-
-    def min_bytes(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> float:
-        """Bytes the forward pass on (B, M, N) must move when each step reads and writes once."""
-        return sum(part.elements for part in self.cost(shape)) * dtype.itemsize

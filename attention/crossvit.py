@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention.about import About
+from attention.block_parts import DropPath
 from attention.cost import Part, attend, projection
 from attention.cross import Cross
 from attention.folding import Folded, folded_cost, folds, read_folded
@@ -107,6 +108,15 @@ class CrossViTAttention(Cross):
                 attend("attention", asked, keys, self.dim, read),
             ]
         return [*parts, projection("output", asked, self.dim, self.dim)]
+
+
+class ItemDropout(DropPath):
+    """Stochastic depth that keeps some items, so that the mean over items is that of evaluation."""
+
+    def __init__(self, rate: float) -> None:
+        if not 0 <= rate < 1:
+            raise InputError(f"drop_path={rate} must be at least 0 and less than 1.")
+        super().__init__(rate)
 
 
 class CrossViTBlock(nn.Module):
@@ -224,23 +234,6 @@ class MultiScaleBlock(nn.Module):
                 parts.insert(2, "0")
             renamed[".".join(parts)] = value
         return renamed
-
-
-class ItemDropout(nn.Module):
-    """Stochastic depth: while training, whole items become 0 with ``probability`` and the others grow to make up."""
-
-    def __init__(self, probability: float) -> None:
-        super().__init__()
-        if not 0 <= probability < 1:
-            raise InputError(f"drop_path={probability} must be at least 0 and less than 1.")
-        self.probability = probability
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``x`` (B, ...)."""
-        if not self.training or self.probability == 0:
-            return x
-        kept = torch.rand(len(x), *[1] * (x.dim() - 1), device=x.device) >= self.probability
-        return x * kept.to(x.dtype) / (1 - self.probability)
 
 
 class _EncoderBlock(nn.Module):

@@ -116,7 +116,7 @@ class EcoFormerAttention(Mixer):
         )
         with precisely(v):
             if real is None:
-                total, count = codes.sum(1), codes.new_full((len(codes), 1, 1), codes.shape[1])
+                total, count = codes.sum(1), codes.new_full((codes.shape[0], 1, 1), codes.shape[1])
             else:
                 total = codes.masked_fill(~real[..., None, None], 0).sum(1)
                 count = real.sum(1)[:, None, None].to(codes.dtype)

@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from attention.about import About
-from attention.cost import Part
+from attention.base import AttentionModule
 from kernels.errors import InputError
 
 
-class Gate(nn.Module):
+class Gate(AttentionModule):
     """Base of the gates: feature maps (B, C, *spatial) in and out, of any size at least 1 on each axis.
 
     A subclass sets ``about`` and ``grids``, and implements :meth:`apply_gate` and :meth:`cost`. Its constructor takes
     ``dim`` first.
     """
 
-    name: ClassVar[str] = ""
-    """As registered; a class that is not has its own name."""
-    about: ClassVar[About]
     grids: ClassVar[tuple[int, ...]] = (2,)
     """How many spatial axes a map may have: 2 for images, 3 for volumes (and 1 for signals)."""
     takes_signal: ClassVar[bool] = False
     """Whether a second map may say where to look."""
     takes_half: ClassVar[bool] = True
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        cls.name = cls.__dict__.get("name", cls.__name__)
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -71,15 +62,3 @@ class Gate(nn.Module):
     def apply_gate(self, x: Tensor, signal: Tensor | None) -> tuple[Tensor, Tensor]:
         """Output and weights for checked arguments."""
         raise NotImplementedError
-
-    def cost(self, shape: Sequence[int]) -> list[Part]:
-        """What ``shape`` = (B, *spatial) costs, step by step (see :mod:`attention.cost`)."""
-        raise NotImplementedError
-
-    def flops(self, shape: Sequence[int]) -> float:
-        """Operations of the forward pass on (B, *spatial)."""
-        return sum(part.flops for part in self.cost(shape))
-
-    def min_bytes(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> float:
-        """Bytes the forward pass on (B, *spatial) must move when each step reads and writes once."""
-        return sum(part.elements for part in self.cost(shape)) * dtype.itemsize

@@ -74,7 +74,7 @@ class GaussianHeads(nn.Module):
 
         def spread(statistics: Tensor) -> Tensor:
             """Numbers of the heads (B or 1, H, K or 1) to the entries of their parts."""
-            return statistics.gather(1, head[..., None].expand(len(statistics), -1, statistics.shape[2]))
+            return statistics.gather(1, head[..., None].expand(statistics.shape[0], -1, statistics.shape[2]))
 
         # The product's exponent is (quadratic d^2 - 2 linear d + constant) / variance, d the distance from the mean.
         offsets, c = self.mean_offsets.to(x.dtype), self.c.to(x.dtype)
@@ -83,9 +83,9 @@ class GaussianHeads(nn.Module):
         distance = blank(x - spread(member @ x / count.clamp_min(1)), mask)
         variance = member @ distance.square() / (count - 1).clamp_min(1) + self.eps
         variance = torch.where(count < 2, 1, variance)
-        each = len(x), -1, -1
+        each = x.shape[0], -1, -1
         rate = spread((quadratic / variance).expand(*each))
-        weights = torch.exp(-rate * (distance - spread(highest.expand(len(head), -1, -1))).square())
+        weights = torch.exp(-rate * (distance - spread(highest.expand(head.shape[0], -1, -1))).square())
         # What the released code clamps is the sum of whole densities, whose common factor is left out above.
         factor = (constant - linear * highest) / variance + (2 * math.pi * c**2).log().sum(1)[None, :, None] / 2
         least = self.eps * factor.clamp_max(60).exp()

@@ -200,4 +200,4 @@ def kernel_maker(dim: int, num_heads: int, taps: int) -> nn.Sequential:
 
 def local_kernels(maker: nn.Sequential, mean: Tensor, axes: int = 2) -> Tensor:
     """Kernels (B, C, 3, ...), with 3 taps on each of the ``axes``, from mean tokens (B, C)."""
-    return maker(mean[..., None]).view(len(mean), mean.shape[1], *[3] * axes)
+    return maker(mean[..., None]).view(*mean.shape, *[3] * axes)

@@ -8,15 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from attention.about import About
-from attention.cost import Part
+from attention.base import AttentionModule, head_width
 from attention.masking import blank
 from kernels.errors import InputError
 
 
-class Mixer(nn.Module):
+class Mixer(AttentionModule):
     """Base of the mixers: token maps (B, *grid, C) in and out, of any size at least 1 on each axis.
 
     A subclass sets ``about`` and ``grids``, and implements :meth:`mix` and :meth:`cost`; :meth:`weights` where it has
@@ -25,9 +24,6 @@ class Mixer(nn.Module):
     resized to others.
     """
 
-    name: ClassVar[str] = ""
-    """As registered; a class that is not has its own name."""
-    about: ClassVar[About]
     grids: tuple[int, ...] = (2,)
     """How many axes a grid may have: 1 for sequences, 2 for images, 3 for volumes."""
     rows_sum_to_one: bool = True
@@ -40,21 +36,11 @@ class Mixer(nn.Module):
     exact_gradient: ClassVar[bool] = True
     """Whether the gradient is that of the function computed; a straight-through estimator's is not."""
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        cls.name = cls.__dict__.get("name", cls.__name__)
-
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
-        if dim < 1 or num_heads < 1 or dim % num_heads:
-            fitting = [heads for heads in range(1, max(dim, 1) + 1) if dim > 0 and dim % heads == 0]
-            raise InputError(
-                f"attention '{self.name}': dim={dim} is not divisible into num_heads={num_heads} heads; take num_heads "
-                f"from {', '.join(map(str, fitting)) or 'the divisors of a positive dim'}."
-            )
         self.dim = dim
         self.num_heads = num_heads
-        self.head_dim = dim // num_heads
+        self.head_dim = head_width(self.name, dim, num_heads)
 
     def forward(
         self,
@@ -122,18 +108,6 @@ class Mixer(nn.Module):
             mixed = self(x[places].unflatten(1, grid))
             out = out.index_copy(0, places.flatten(), mixed.flatten(0, -2).to(out.dtype))
         return out
-
-    def cost(self, shape: Sequence[int]) -> list[Part]:
-        """What ``shape`` = (B, *grid) costs, step by step (see :mod:`attention.cost`)."""
-        raise NotImplementedError
-
-    def flops(self, shape: Sequence[int]) -> float:
-        """Operations of the forward pass on (B, *grid)."""
-        return sum(part.flops for part in self.cost(shape))
-
-    def min_bytes(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> float:
-        """Bytes the forward pass on (B, *grid) must move when each step reads and writes once."""
-        return sum(part.elements for part in self.cost(shape)) * dtype.itemsize
 
     @classmethod
     def for_block(cls, params: Mapping[str, Any], index: int) -> dict[str, Any]:

@@ -151,7 +151,7 @@ class NeighborhoodAttention(Mixer):
         if not kept:
             return v
         lengths = [grid[axis] for axis in kept]
-        q, k, v = (t.reshape(len(t), *lengths, *t.shape[-2:]) for t in (q, k, v))
+        q, k, v = (t.reshape(t.shape[0], *lengths, *t.shape[-2:]) for t in (q, k, v))
         out = neighborhood_attention(
             q,
             k,
@@ -163,7 +163,7 @@ class NeighborhoodAttention(Mixer):
             rpb=None if rpb is None else rpb.reshape(len(rpb), *(2 * kernel[axis] - 1 for axis in kept)),
             scale=self.head_dim**-0.5,
         )
-        return out.reshape(len(out), *grid, *out.shape[-2:])
+        return out.reshape(out.shape[0], *grid, *out.shape[-2:])
 
     def cost(self, shape: Sequence[int]) -> list[Part]:
         tokens = math.prod(shape)

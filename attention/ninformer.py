@@ -25,9 +25,8 @@ from attention.masking import blank
 from attention.mixer import Mixer
 from attention.parameters import Probability
 from attention.registry import register
+from attention.resizing import resize
 from kernels.errors import InputError
-
-_MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 @register("ninformer", kind="mixer")
@@ -57,7 +56,7 @@ class NiNformerGating(Mixer):
         super().__init__(dim, 1)
         hidden = 2 * dim if hidden_dim is None else hidden_dim
         self.input_size = tuple(input_size)
-        if len(self.input_size) not in _MODES or min(self.input_size) < 1:
+        if not 1 <= len(self.input_size) <= 3 or min(self.input_size) < 1:
             raise InputError(f"attention 'ninformer': input_size={input_size} must be 1 to 3 sides of at least 1.")
         if hidden < 1 or not 0 <= dropout < 1:
             raise InputError(
@@ -94,7 +93,7 @@ class NiNformerGating(Mixer):
         if grid == trained:
             return table
         precise = table.to(torch.promote_types(table.dtype, torch.float32)).unflatten(1, trained)
-        return F.interpolate(precise[None], grid, mode=_MODES[len(grid)])[0].flatten(1).to(table.dtype)
+        return resize(precise[None], grid)[0].flatten(1).to(table.dtype)
 
     def cost(self, shape: Sequence[int]) -> list[Part]:
         batch, tokens = shape[0], math.prod(shape[1:])

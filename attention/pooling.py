@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from attention.about import About
+from attention.base import AttentionModule
 from attention.cost import Part
 from kernels.errors import InputError
 
@@ -48,21 +48,14 @@ class Objective(Protocol):
         ...
 
 
-class Pooler(nn.Module):
+class Pooler(AttentionModule):
     """Base of the poolers: the forward contract and the plain bag loss.
 
     ``attention_rows`` says what the rows of ``PooledBags.attention`` are: ``"branch"`` (average their softmaxes for one
     map) or ``"class"`` (take the row of the class in question).
     """
 
-    name: ClassVar[str] = ""
-    """As registered; a class that is not has its own name."""
-    about: ClassVar[About]
     attention_rows: Literal["branch", "class"] = "branch"
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        cls.name = cls.__dict__.get("name", cls.__name__)
 
     def forward(self, features: Tensor, cu_seqlens: Tensor) -> PooledBags:
         """Pool ``features (T, D)`` with boundaries ``cu_seqlens (B + 1,)`` int32 or int64; empty bags are allowed."""
@@ -72,18 +65,6 @@ class Pooler(nn.Module):
         """Training loss terms by name, each a scalar; ``"total"`` is what is minimised, the others are logged."""
         bag = objective.loss(bags.logits, target).mean()
         return {"bag": bag, "total": bag}
-
-    def cost(self, shape: Sequence[int]) -> list[Part]:
-        """What ``shape`` = (bags, instances in all) costs in evaluation, step by step (see :mod:`attention.cost`)."""
-        raise NotImplementedError
-
-    def flops(self, shape: Sequence[int]) -> float:
-        """Operations of the forward pass on (bags, instances in all)."""
-        return sum(part.flops for part in self.cost(shape))
-
-    def min_bytes(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> float:
-        """Bytes the forward pass on (bags, instances in all) must move when each step reads and writes once."""
-        return sum(part.elements for part in self.cost(shape)) * dtype.itemsize
 
 
 def weighted_sums(name: str, bags: float, instances: float, rows: int, dim: int) -> Part:

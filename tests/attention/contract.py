@@ -103,6 +103,13 @@ def compiled_agrees(module: nn.Module, *inputs: Tensor) -> None:
         torch.testing.assert_close(other, eager, rtol=1e-4, atol=1e-5)
 
 
+def exported_agrees(module: nn.Module, some: Tensor, more: Tensor) -> None:
+    """Export with a batch of any size; the program must give for another one what the module gives."""
+    with torch.no_grad():
+        program = torch.export.export(module, (some,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        torch.testing.assert_close(program.module()(more), module(more), rtol=1e-4, atol=1e-5)
+
+
 def close_enough(low: Tensor, full: Tensor, share: float = 0.05) -> None:
     """Whether a result in low precision is that of full precision up to ``share`` of its largest value."""
     assert low.isfinite().all()

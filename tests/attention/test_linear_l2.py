@@ -107,3 +107,8 @@ def test_impossible_parameters_are_refused() -> None:
         make(floor=0)
     with pytest.raises(InputError, match="kernel size 4 must be odd"):
         make(local_kernel=4)
+
+
+def test_a_branch_cannot_be_left_out_more_often_than_always() -> None:
+    with pytest.raises(InputError, match=r"drop_path=1\.5 must be from 0 to 1"):
+        GlobalBlock(16, 2, drop_path=1.5)
