@@ -45,6 +45,15 @@ _NAT: dict[str, Any] = {"depths": (1, 1, 1, 1), "embed_dim": 8, "num_heads": (1,
 _NAT_ISO: dict[str, Any] = {"depth": 2, "embed_dim": 16, "num_heads": 2, "patch_size": 8, "img_size": 64}
 # Our own networks by the beginning of their names, the longest that fits first, as small as their parameters let them.
 OURS: dict[str, dict[str, Any]] = {
+    "agent_deit": {"depth": 4, "embed_dim": 16, "num_heads": 4, "img_size": 64},
+    "agent_swin": {"depths": (1, 1, 1, 1), "dims": (8, 16, 16, 32), "num_heads": (1, 2, 2, 4), "img_size": 64},
+    "dependencyvit": {"depth": 4, "embed_dim": 16, "num_heads": 4, "img_size": 64},
+    "duoformer": {"trunk": "resnet10t", "embed_dim": 12, "depth": 2, "num_heads": 2, "img_size": 64},
+    "inline_deit": {"depth": 4, "embed_dim": 16, "num_heads": 4, "img_size": 64},
+    "inline_swin": {"depths": (1, 1, 1, 1), "dims": (8, 16, 16, 32), "num_heads": (1, 2, 2, 4), "img_size": 64},
+    "l2vit": {"depths": (1, 1, 1, 1), "dims": (8, 16, 16, 24), "num_heads": (1, 2, 2, 3)},
+    "mavit": {"depths": (1, 1, 1, 1), "dims": (8, 16, 16, 24), "num_heads": (1, 2, 2, 3)},
+    "ninformer": {"depth": 4, "embed_dim": 16, "hidden_dim": 24},
     "biformer": {
         "depths": (1, 1, 1, 1),
         "dims": (16, 32, 48, 64),

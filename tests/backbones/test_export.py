@@ -22,6 +22,7 @@ _CACHED = (
     "neighborhood attention keeps tables of indices in caches, which an export takes for constants without numbers"
 )
 IMPOSSIBLE = {"conch": "gives no feature maps", "nat": _CACHED, "dinat_iso": _CACHED}
+IMPOSSIBLE["dependencyvit"] = "how many tokens it attends to depends on the image"
 NAMES = [*FAMILIES.values(), *OF_TIMM]
 
 
