@@ -162,8 +162,9 @@ def _means(x: Tensor, grid: Regions) -> Tensor:
     if grid.ragged:
         right, below = grid.across * grid.columns - grid.width, grid.down * grid.rows - grid.height
         x = F.pad(x, (0, 0, 0, 0, 0, right, 0, below))
-    blocks = x.unflatten(2, (grid.across, grid.columns)).unflatten(1, (grid.down, grid.rows))
-    sums = blocks.sum((2, 4), dtype=precise).flatten(3).flatten(1, 2)
+    # One axis after the other: over both at once PyTorch's sum takes ten times as long on the CPU.
+    rows = x.unflatten(1, (grid.down, grid.rows)).sum(2, dtype=precise)
+    sums = rows.unflatten(2, (grid.across, grid.columns)).sum(3).flatten(3).flatten(1, 2)
     if not grid.ragged:
         return sums / grid.tokens
     return sums / grid.inside(x.device).sum(1, dtype=precise)[:, None]
