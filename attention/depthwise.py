@@ -49,7 +49,7 @@ class _Depthwise(torch.autograd.Function):
         d_x = _backward(grad, x, weight, (side // 2, side // 2), 0) if for_x else None
         d_weight = None
         if for_weight:
-            parts = []
+            parts: list[Tensor] = []
             for columns in weight.split(COLUMNS, dim=3):
                 left = side // 2 - sum(part.shape[3] for part in parts)
                 seen = F.pad(x, (left, columns.shape[3] - 1 - left))
