@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from attention.about import About
 from attention.cost import Part, depthwise, projection
+from attention.depthwise import DepthwiseConv2d
 from attention.layout import heads_first, heads_last, split_heads, to_channels_first, to_channels_last, weights_of
 from attention.masking import blank, hide_keys, key_mask
 from attention.mixer import Mixer
@@ -126,9 +127,7 @@ class BiLevelRoutingAttention(Mixer):
         self.scale = scale if scale is not None else (self.head_dim if dense else self.qk_dim) ** -0.5
         self.qkv = nn.Linear(dim, 2 * self.qk_dim + dim, bias=qkv_bias)
         self.router = nn.Linear(self.qk_dim, self.qk_dim) if routing == "learned" and not dense else None
-        self.lepe: nn.Conv2d | None = None
-        if lepe_kernel:
-            self.lepe = nn.Conv2d(dim, dim, lepe_kernel, padding=lepe_kernel // 2, groups=dim)
+        self.lepe = DepthwiseConv2d(dim, lepe_kernel) if lepe_kernel else None
         self.proj = nn.Linear(dim, dim) if out_proj else nn.Identity()
         self.proj_drop = nn.Dropout(proj_drop)
 

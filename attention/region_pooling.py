@@ -75,8 +75,9 @@ def pool_regions(
 def _region_sums(x: Tensor, grid: Regions, dtype: torch.dtype) -> Tensor:
     below, right = grid.down * grid.rows - grid.height, grid.across * grid.columns - grid.width
     x = F.pad(x, (0, 0, 0, right, 0, below)) if grid.ragged else x
-    cells = x.unflatten(2, (grid.across, grid.columns)).unflatten(1, (grid.down, grid.rows))
-    return cells.sum((2, 4), dtype=dtype).flatten(1, 2)
+    # One axis after the other: over both at once PyTorch's sum takes ten times as long on the CPU.
+    rows = x.unflatten(1, (grid.down, grid.rows)).sum(2, dtype=dtype)
+    return rows.unflatten(2, (grid.across, grid.columns)).sum(3).flatten(1, 2)
 
 
 def _squares(x: Tensor, grid: Regions) -> Tensor:

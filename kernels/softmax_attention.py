@@ -21,7 +21,7 @@ from torch import Tensor
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 _HALF = (torch.float16, torch.bfloat16)
-# Weights are powers of 2: on the CPU PyTorch's exp takes up to twenty times as long where scores are hidden or underflow.
+# Weights are powers of 2: PyTorch's exp takes up to twenty times as long on a CPU where scores are hidden or underflow.
 LOG2E = math.log2(math.e)
 
 
@@ -104,8 +104,9 @@ def attend_backward(
     d_q = torch.bmm(d_scores, keys).mul_(scale).view(q.shape)
     d_k = torch.bmm(d_scores.mT, rows).mul_(scale).view(k.shape)
     d_v = torch.bmm(weights.mT, d_rows).view(v.shape)
-    wanted = bias is not None and bias_gradient
-    d_bias = d_scores.view(shape).sum_to_size(bias.shape).to(bias.dtype) if wanted else None
+    d_bias = None
+    if bias is not None and bias_gradient:
+        d_bias = d_scores.view(shape).sum_to_size(bias.shape).to(bias.dtype)
     return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype), d_bias
 
 

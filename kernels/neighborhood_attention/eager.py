@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -242,6 +242,7 @@ class _Bias:
 
     rpb: Tensor | None
     q: Tensor
+    made: dict[Look, Tensor] = field(default_factory=dict)
 
     def of(self, look: Look, fused: bool) -> tuple[Tensor | None, Tensor | None]:
         """Mask (1, 1, T, W) bool and bias (1, 1 or H, T, W); the fused kernel takes a bias alone."""
@@ -251,12 +252,12 @@ class _Bias:
             if fused:
                 return None, make(look.parts, self.q.dtype, self.q.device)
             return make(look.parts, torch.bool, self.q.device), None
-        precise = torch.promote_types(self.q.dtype, torch.float32)
-        bias = _from_table(self.rpb.to(precise), look.parts)[None]
-        hidden = make(look.parts, torch.bool, self.q.device)
-        if fused and hidden is not None:
-            return None, bias.masked_fill_(~hidden, -torch.inf)
-        return hidden, bias
+        if look not in self.made:
+            precise = torch.promote_types(self.q.dtype, torch.float32)
+            bias = _from_table(self.rpb.to(precise), look.parts)[None]
+            hidden = make(look.parts, torch.bool, self.q.device)
+            self.made[look] = bias if hidden is None else bias.masked_fill_(~hidden, -torch.inf)
+        return None, self.made[look]
 
 
 def _mask(parts: tuple[Piece, ...], dtype: torch.dtype, device: torch.device) -> Tensor | None:
