@@ -14,12 +14,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from kernels.errors import InputError
+from kernels.tables import made_once
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _per_axis(value: int | bool | Sequence[int] | Sequence[bool], axes: int, nam
 # The tables below depend on sizes alone, are small, and are asked for by every call; they are made once.
 
 
-@lru_cache(maxsize=256)
+@made_once(256)
 def axis_mask(axis: Axis) -> Tensor:
     """(length, length) bool on the CPU: whether the query of a row sees the key of a column."""
     mask = torch.zeros(axis.length, axis.length, dtype=torch.bool)
@@ -157,14 +157,14 @@ def axis_mask(axis: Axis) -> Tensor:
     return mask
 
 
-@lru_cache(maxsize=256)
+@made_once(256)
 def axis_neighbours(axis: Axis) -> Tensor:
     """(length, kernel) int64 on the CPU: positions of each query's keys; the axis must not be causal."""
     assert not axis.causal, "a causal window has no fixed number of keys"
     return torch.tensor([list(axis.keys(position)) for position in range(axis.length)])
 
 
-@lru_cache(maxsize=256)
+@made_once(256)
 def axis_bias_index(axis: Axis) -> Tensor:
     """(length, length) int64 on the CPU: entry of a relative position table, key minus query in steps of the dilation.
 

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from kernels.dynamic_conv.taps import Taps
+from kernels.tables import made_once
 
 LEAST_BAND = 64  # tokens; below, a product does not fill the machine
 SMALL_GRID = 256  # tokens; up to here one band over the whole grid is as fast as several
@@ -71,12 +71,12 @@ def _runs(taps: Taps, like: Tensor) -> Iterator[tuple[int, int, int, int, Tensor
         yield first, last, low, high, index[first:last] - low
 
 
-@lru_cache(maxsize=16)
+@made_once(16)
 def _index(taps: Taps, device: torch.device) -> Tensor:
     return taps.index().to(device)
 
 
-@lru_cache(maxsize=64)
+@made_once(64)
 def _bands(taps: Taps) -> list[tuple[int, int, int, int]]:
     """Bands of whole slices along the first axis."""
     index = taps.index()

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import sys
 import warnings
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from kernels.dynamic_conv.taps import Taps
+from kernels.tables import made_once
 
 # Heads are stacked as a block diagonal until their windows have this many taps: enough to fill the threads, and a
 # pattern of 2 MB.
@@ -23,7 +23,7 @@ TAPS_AT_ONCE = 1 << 19
 MOST_TAPS = 1 << 31  # of a head; places in a pattern are int32
 
 
-@lru_cache(maxsize=1)
+@made_once(1)
 def available() -> bool:
     """Whether this PyTorch has fast sparse products: those of MKL, which its Linux builds for x86 have."""
     if not sys.platform.startswith("linux") or not torch.backends.mkl.is_available():
@@ -72,7 +72,7 @@ def _matrix(values: Tensor, starts: Tensor, columns: Tensor, heads: int, height:
     )
 
 
-@lru_cache(maxsize=16)
+@made_once(16)
 def _pattern(taps: Taps, heads: int) -> tuple[Tensor, Tensor]:
     """Starts of the rows and columns of a block diagonal, int32 as MKL takes them."""
     index = taps.index()
@@ -80,7 +80,7 @@ def _pattern(taps: Taps, heads: int) -> tuple[Tensor, Tensor]:
     return starts, (index + taps.places * torch.arange(heads)[:, None, None]).flatten().to(torch.int32)
 
 
-@lru_cache(maxsize=16)
+@made_once(16)
 def _transposed_pattern(taps: Taps, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Those of the transposed matrix, and of each of a head's values its place in the weights."""
     index = taps.index().flatten()

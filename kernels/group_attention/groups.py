@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from kernels.tables import made_once
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def groups(tokens: int, group_size: int) -> Groups:
     return Groups(tokens, max(min(tokens, group_size), 1))
 
 
-@functools.lru_cache(maxsize=64)
+@made_once(64)
 def _mirrored(length: int, tokens: int, device: torch.device) -> Tensor:
     position = torch.arange(length, device=device) % (2 * tokens)
     return torch.minimum(position, 2 * tokens - 1 - position)

@@ -7,11 +7,12 @@ are n + 1 such cells, counting the two half outside. Samples are numbered as ``s
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from kernels.tables import made_once
 
 
 class Levels(NamedTuple):
@@ -43,7 +44,7 @@ class Placed(NamedTuple):
     below: Tensor
 
 
-@functools.lru_cache(maxsize=64)
+@made_once(64)
 def levels(
     shapes: tuple[int, ...],
     starts: tuple[int, ...],

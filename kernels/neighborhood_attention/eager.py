@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from kernels.neighborhood_attention.tiles import Look, Piece, looks, mask, tile_sizes
 from kernels.softmax_attention import attend, attend_backward
+from kernels.tables import made_once
 from kernels.windows import Window
 
 CHUNK = 1 << 19  # gathered numbers of a chunk, keys and values together
@@ -188,7 +188,7 @@ def _chunks(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, window: Window)
     return _kept_chunks(*arguments) if batch * tokens * 8 <= KEPT_ROWS else _cut(*arguments)
 
 
-@lru_cache(maxsize=64)
+@made_once(64)
 def _dense(window: Window, relative: bool, batch: int) -> _Chunk:
     """One tile per image: nothing is gathered."""
     (look,) = looks(window, window.grid, relative)
@@ -217,7 +217,7 @@ def _cut(
         yield _chunk(parts, device)
 
 
-@lru_cache(maxsize=16)
+@made_once(16)
 def _kept_chunks(*arguments: Any) -> tuple[_Chunk, ...]:
     return tuple(_cut(*arguments))
 
@@ -270,7 +270,7 @@ def _mask(parts: tuple[Piece, ...], dtype: torch.dtype, device: torch.device) ->
     return seen[None, None].to(device)
 
 
-_kept_mask = lru_cache(maxsize=128)(_mask)
+_kept_mask = made_once(128)(_mask)
 
 
 def _from_table(rpb: Tensor, parts: Sequence[Piece]) -> Tensor:

@@ -11,11 +11,11 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from kernels.tables import made_once
 from kernels.windows import Axis, Window
 
 
@@ -69,7 +69,7 @@ def group_lengths(axis: Axis) -> list[tuple[int, range]]:
     return [(length, groups) for length, groups in lengths if len(groups)]
 
 
-@lru_cache(maxsize=256)
+@made_once(256)
 def pieces(axis: Axis, tile: int, relative: bool) -> tuple[Piece, ...]:
     """The axis cut into tiles of ``tile`` queries (the last of a group may be shorter).
 
@@ -119,7 +119,7 @@ def _summary(axis: Axis, tile: int) -> Summary:
     return Summary(tile, tiles, kinds, keys, products)
 
 
-@lru_cache(maxsize=256)
+@made_once(256)
 def _summaries(axis: Axis) -> tuple[Summary, ...]:
     """Ways to cut an axis: into 1, 2, 3, ... equal parts, and into multiples of the stride."""
     longest = group_lengths(axis)[0][0]
@@ -134,7 +134,7 @@ def _nearest(sizes: set[int], wanted: int) -> int:
     return min(sizes, key=lambda size: (abs(size - wanted), size))
 
 
-@lru_cache(maxsize=256)
+@made_once(256)
 def tile_sizes(window: Window, blocks: int, width: int, relative: bool) -> tuple[int, ...]:
     """Queries of a tile on each axis that are expected to take the least time on a CPU.
 

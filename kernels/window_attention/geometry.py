@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from kernels.tables import made_once
 
 RELEASED_MASK = -100.0  # what the released code adds to the score of tokens on two sides of an edge
 
@@ -87,7 +88,7 @@ class Span:
         return replace(self, count=min(count, self.count - start), pieces=pieces)
 
 
-@lru_cache(maxsize=256)
+@made_once(256)
 def spans(axis: Axis) -> tuple[Span, ...]:
     """The windows of an axis: one span unless there is a shift or an extension, and then a few."""
     found: list[Span] = []
@@ -134,7 +135,7 @@ def geometry(
     return Geometry(rows, columns, released, hide)
 
 
-@lru_cache(maxsize=256)
+@made_once(256)
 def mask(
     rows: tuple[tuple[bool, ...], tuple[bool, ...]],
     columns: tuple[tuple[bool, ...], tuple[bool, ...]],

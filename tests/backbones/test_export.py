@@ -18,11 +18,10 @@ for _name in backbones.available():
     if timm.model_entrypoint(_name).__module__.startswith("backbones."):
         _start = max((start for start in OURS if _name.startswith(start)), key=len, default=_name)
         FAMILIES.setdefault(_start, _name)
-_CACHED = (
-    "neighborhood attention keeps tables of indices in caches, which an export takes for constants without numbers"
-)
-IMPOSSIBLE = {"conch": "gives no feature maps", "nat": _CACHED, "dinat_iso": _CACHED}
-IMPOSSIBLE["dependencyvit"] = "how many tokens it attends to depends on the image"
+IMPOSSIBLE = {
+    "conch": "gives no feature maps",
+    "dependencyvit": "how many tokens it attends to depends on the image",
+}
 NAMES = [*FAMILIES.values(), *OF_TIMM]
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kernels.bi_level_routing_attention import bi_level_routing_attention
+from kernels.dynamic_conv import neighborhood_av
 from kernels.errors import InputError
 from kernels.gated_attention_pool import PoolWeights, gated_attention_pool
 from kernels.group_attention import group_attention
@@ -67,3 +68,16 @@ def test_operators_run_on_tensors_that_are_shapes_alone() -> None:
     assert neighborhood_attention(q, q, q, 3).shape == q.shape
     out = window_attention(q, q, q, 4)
     assert isinstance(out, torch.Tensor) and out.shape == q.shape and out.device.type == "meta"
+
+
+def test_tables_made_while_exporting_are_not_kept() -> None:
+    class Shifted(torch.nn.Module):
+        def forward(self, weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            return neighborhood_av(weights, value, 3)
+
+    weights, value = torch.rand(1, 2, 11, 13, 9), torch.randn(1, 2, 11, 13, 4)  # a size that no other test has
+    with torch.no_grad():
+        program = torch.export.export(Shifted(), (weights, value)).module()
+        torch.testing.assert_close(neighborhood_av(weights, value, 3), program(weights, value))
+        expected = neighborhood_av(weights, value, 3, backend="reference")
+        torch.testing.assert_close(program(weights, value), expected)
