@@ -17,7 +17,8 @@ class DepthwiseConv2d(nn.Conv2d):
     """``nn.Conv2d`` of every channel by itself, with a kernel of odd side and maps of the same size in and out.
 
     For the gradient of weights wider than 3, oneDNN takes its routine for dense convolutions. With slices of 3 columns,
-    one after the other, the backward pass with 5 x 5 on two maps of 56 x 56 x 64 takes 2.3 ms instead of 7.2.
+    one after the other, the whole backward pass of 5 x 5 takes a third of the time on maps of 56 x 56 x 64 and half on
+    14 x 14 x 256.
     """
 
     def __init__(self, dim: int, side: int) -> None:
@@ -49,11 +50,11 @@ class _Depthwise(torch.autograd.Function):
         d_x = _backward(grad, x, weight, (side // 2, side // 2), 0) if for_x else None
         d_weight = None
         if for_weight:
+            padded = F.pad(x, (side // 2, side // 2))
             parts: list[Tensor] = []
-            for columns in weight.split(COLUMNS, dim=3):
-                left = side // 2 - sum(part.shape[3] for part in parts)
-                seen = F.pad(x, (left, columns.shape[3] - 1 - left))
-                parts.append(_backward(grad, seen, columns, (side // 2, 0), 1))
+            for first, part in zip(range(0, side, COLUMNS), weight.split(COLUMNS, dim=3), strict=True):
+                seen = padded.narrow(3, first, x.shape[3] + part.shape[3] - 1)
+                parts.append(_backward(grad, seen, part, (side // 2, 0), 1))
             d_weight = torch.cat(parts, 3)
         return d_x, d_weight, grad.sum((0, 2, 3)) if for_bias else None
 

@@ -288,7 +288,9 @@ def _to_table(d_bias: Tensor, parts: Sequence[Piece], table: Sequence[int]) -> T
     n = len(parts)
     d_bias = d_bias.view(table[0], *(part.steps.shape[i] for i in (0, 1) for part in parts))
     d_bias = d_bias.permute(0, *(i for axis in range(n) for i in (1 + axis, 1 + n + axis)))
-    for axis, part in enumerate(parts):
-        one_hot = F.one_hot(part.steps.flatten().to(d_bias.device), table[axis + 1]).to(d_bias.dtype)
-        d_bias = (d_bias.flatten(axis + 1, axis + 2).movedim(axis + 1, -1) @ one_hot).movedim(-1, axis + 1)
+    # The last axis first: it is where the product wants it, and what is left is small.
+    for axis in reversed(range(n)):
+        one_hot = F.one_hot(parts[axis].steps.flatten().to(d_bias.device), table[axis + 1]).to(d_bias.dtype)
+        place = 1 + 2 * axis
+        d_bias = (d_bias.flatten(place, place + 1).movedim(place, -1) @ one_hot).movedim(-1, place)
     return d_bias
