@@ -33,7 +33,8 @@ def case_of(name: str, size: Sequence[int], machine: Machine, device: torch.devi
         _contestant("fovea", module, module, x, machine),
     ]
     if released is not None:
-        contestants.append(_contestant("released formulation", released, module, x, machine, materialises=True))
+        same = not module.takes_choices  # between ties the choice is arbitrary
+        contestants.append(_contestant("released formulation", released, module, x, machine, same, materialises=True))
     title = f"{name} {'x'.join(map(str, grid))}, {dim} channels"
     shape = (1, *grid)
     return Case(title, contestants, "fovea", module.flops(shape), module.min_bytes(shape))
