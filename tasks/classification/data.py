@@ -84,7 +84,9 @@ def load_images(settings: DictConfig) -> ImageSet:
         raise InputError("data.path is not set; give a folder with one folder per class, or a CSV: data.path=FOLDER.")
     path = Path(settings.path)
     if not path.exists():
-        raise InputError(f"data.path={path} does not exist.")
+        raise InputError(
+            f"data.path={path} does not exist; give a folder with one subfolder per class, or a CSV with the columns path and label."
+        )
     rows, notes = (_of_table(path, settings), []) if path.is_file() else _of_folder(path, settings.patient_pattern)
     classes = _classes(settings.classes, {row.label for row in rows}, path)
     index = {name: position for position, name in enumerate(classes)}

@@ -35,7 +35,7 @@ def read_image(path: Path, window: Sequence[float] | None = None) -> Pixels:
     except InputError:
         raise
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist.") from None
+        raise InputError(f"{path} does not exist; correct the path or take it off the list.") from None
     except Exception as error:  # every decoder has its own exceptions for a damaged file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:150]
         raise InputError(f"{path} cannot be read as an image ({reason}); copy it again or remove it.") from error

@@ -64,7 +64,7 @@ def find_inputs(given: Any) -> list[Path]:
     found: dict[Path, None] = {}
     for path in map(Path, map(str, paths)):
         if not path.exists():
-            raise InputError(f"input={path} does not exist.")
+            raise InputError(f"input={path} does not exist; give an image, a folder of images, or a list of either.")
         files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
         found |= dict.fromkeys(file for file in files if not file.name.startswith("."))
     if not found:
