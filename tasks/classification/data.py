@@ -85,8 +85,8 @@ def load_images(settings: DictConfig) -> ImageSet:
     path = Path(settings.path)
     if not path.exists():
         raise InputError(
-            f"data.path={path} does not exist; give a folder with one subfolder per class, or a CSV with the columns path "
-            "and label."
+            f"data.path={path} does not exist; give a folder with one subfolder per class, or a CSV with the columns "
+            "path and label."
         )
     rows, notes = (_of_table(path, settings), []) if path.is_file() else _of_folder(path, settings.patient_pattern)
     classes = _classes(settings.classes, {row.label for row in rows}, path)
