@@ -16,7 +16,7 @@ from attention.mixer import Mixer
 from kernels.measure import Case, Contestant, Machine, Result, run_case
 
 LONGEST = 20.0  # seconds of one forward pass beyond which a contestant is left out
-LARGEST_MATRIX = 3e9  # bytes
+LARGEST_MATRIX = 1e9  # bytes; forward and backward hold several of them
 
 
 def case_of(name: str, size: Sequence[int], machine: Machine, device: torch.device) -> Case | None:
@@ -87,12 +87,16 @@ def _contestant(
     return Contestant(name, lambda: run(leaf), leaves, absent, same=same)
 
 
-def refusal(module: Mixer, shape: Sequence[int], machine: Machine, materialises: bool) -> str:
-    """Why this cannot be timed here in reasonable time and memory; empty where it can."""
+def refusal(module: Mixer, shape: Sequence[int], machine: Machine, materialises: bool = False) -> str:
+    """Why this cannot be timed here in reasonable time and memory; empty where it can.
+
+    Args:
+        materialises: a matrix of tokens by tokens is kept, as every module of quadratic cost without an operator does.
+    """
     seconds = module.flops(shape) / max(machine.matmul.values())
     if seconds > LONGEST:
         return f"one forward pass would take {seconds:.0f} s at the rate of a matrix product"
     matrix = 4 * module.num_heads * math.prod(shape[1:]) ** 2
-    if materialises and "N^2" in module.about.complexity and matrix > LARGEST_MATRIX:
+    if (materialises or not module.about.operator) and "N^2" in module.about.complexity and matrix > LARGEST_MATRIX:
         return f"its matrix of tokens by tokens would take {matrix / 1e9:.0f} GB"
     return ""

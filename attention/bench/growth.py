@@ -48,7 +48,7 @@ def growth(name: str, machine: Machine, device: torch.device) -> Growth:
         cls = attention.class_of(name, "mixer")
         grid = (side, side) if 2 in cls.grids else (side * side,)  # type: ignore[attr-defined]
         module = build(name, GROWTH_DIM, grid).to(device)
-        if refusal(module, (1, *grid), machine, materialises=False):
+        if refusal(module, (1, *grid), machine):
             break
         x = torch.randn(1, *grid, GROWTH_DIM, device=device)
         with torch.no_grad():
