@@ -1,0 +1,122 @@
+"""A trained segmentation network on disk, and the networks of several folds as one segmenter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kernels.errors import InputError
+from tasks.common.checkpoints import find_checkpoints, read_model, write_model
+from tasks.common.segmentation.inference import Inference, predict_probabilities
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a checkpoint says of itself, in JSON's types.
+
+    Attributes:
+        network: what the task builds the network from: its name and parameters, backbone and attention among them.
+        classes: names, the background first.
+        preparation: of every image, as the task stores it.
+        inference: fields of :class:`Inference`.
+        cutoff: probability from which on a place belongs to a structure, chosen on validation cases; None: the
+            likeliest class.
+        smallest: components below are dropped, in the task's unit (ml or pixels).
+        training: fold, seed, epoch and hashes of the cases, for the record.
+    """
+
+    network: dict[str, Any]
+    classes: tuple[str, ...]
+    preparation: dict[str, Any]
+    inference: dict[str, Any] = field(default_factory=dict)
+    cutoff: float | None = None
+    smallest: float = 0.0
+    training: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """Network, backbone and attention in a few words."""
+        parts = [self.network.get("name"), self.network.get("backbone"), self.network.get("attention")]
+        names = [part["name"] if isinstance(part, dict) else part for part in parts if part]
+        return " + ".join(map(str, names))
+
+    def how(self) -> Inference:
+        """The stored inference."""
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in self.inference.items()}
+        return Inference(**given)
+
+
+Build = Callable[[Description], nn.Module]
+
+
+@dataclass
+class Segmenter:
+    """One network, or those of several folds whose probabilities are averaged.
+
+    Attributes:
+        cutoffs: of each network; the segmenter's own is their mean.
+        trained_on: hashes of the cases that any of the networks has seen.
+    """
+
+    models: list[nn.Module]
+    description: Description
+    cutoffs: list[float | None]
+    trained_on: set[str]
+
+    @property
+    def cutoff(self) -> float | None:
+        known = [cutoff for cutoff in self.cutoffs if cutoff is not None]
+        return sum(known) / len(known) if known else None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.models[0].parameters()).device
+
+    def to(self, device: torch.device | str) -> Segmenter:
+        """Move all networks."""
+        for model in self.models:
+            model.to(device)
+        return self
+
+    def probabilities(
+        self, image: Tensor, how: Inference | None = None, on_step: Callable[[], None] | None = None
+    ) -> Tensor:
+        """Probabilities (K, *spatial) on the CPU of a prepared image (C, *spatial)."""
+        return predict_probabilities(self.models, image, how or self.description.how(), self.device, on_step)
+
+
+def save_segmenter(path: Path, task: str, model: nn.Module, description: Description) -> None:
+    """Write ``model`` with its description, atomically."""
+    write_model(path, model.state_dict(), task, asdict(description))
+
+
+def load_segmenter(path: Path, task: str, build: Build) -> Segmenter:
+    """The segmenter meant by ``path``: a file, a fold's folder, or a run, whose folds form an ensemble.
+
+    Raises:
+        InputError: nothing there, unreadable, of another task, or folds that do not belong together.
+    """
+    loaded = [_load_one(file, task, build) for file in find_checkpoints(Path(path))]
+    first = loaded[0][1]
+    for _, other in loaded[1:]:
+        if (other.classes, other.preparation) != (first.classes, first.preparation):
+            raise InputError(f"checkpoint={path} mixes networks of different classes or preparation; name one fold.")
+    seen = {case for _, description in loaded for case in description.training.get("cases", [])}
+    return Segmenter([model for model, _ in loaded], first, [d.cutoff for _, d in loaded], seen)
+
+
+def _load_one(path: Path, task: str, build: Build) -> tuple[nn.Module, Description]:
+    state, fields = read_model(path, task)
+    classes: Sequence[str] = fields.pop("classes")
+    description = Description(classes=tuple(classes), **fields)
+    model = build(description)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise InputError(f"checkpoint {path} does not fit {description.title} as it is built here.") from error
+    return model.eval(), description
