@@ -15,9 +15,11 @@ class About:
             the module's docstring.
         operator: the operator of :mod:`kernels` that does the work, ``sdpa`` for PyTorch's fused attention, or empty.
         licence: of the released code; the code here is written from the formulas in any case.
+        keeps_matrix: whether the forward pass keeps a matrix of tokens by tokens.
     """
 
     paper: str
     complexity: str
     operator: str = ""
     licence: str = "none released"
+    keeps_matrix: bool = False

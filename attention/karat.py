@@ -83,7 +83,7 @@ class KolmogorovArnoldAttention(Mixer):
         InputError: a size, the rank or the number of harmonics is less than 1.
     """
 
-    about = About("Maity et al., 2025, 2503.10632", "O(N^2 r G)")
+    about = About("Maity et al., 2025, 2503.10632", "O(N^2 r G)", keeps_matrix=True)
     grids: tuple[int, ...] = (1, 2, 3)
     rows_sum_to_one = False
 

@@ -67,7 +67,7 @@ class MixtureOfHeadAttention(Mixer):
         InputError: the heads cannot be shared and routed in these numbers, or a choice is not known.
     """
 
-    about = About("Jin et al., 2024, 2410.11842", "O(N^2)", "sdpa", "Apache-2.0")
+    about = About("Jin et al., 2024, 2410.11842", "O(N^2)", "sdpa", "Apache-2.0", keeps_matrix=True)
     grids: tuple[int, ...] = (1, 2, 3)
     takes_choices = True
 

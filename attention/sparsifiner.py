@@ -132,7 +132,7 @@ class SparsifinerAttention(Mixer):
         InputError: a number is out of its range.
     """
 
-    about = About("Wei et al., CVPR 2023, 2303.13755", "O(N^2)", "sdpa", "MIT")
+    about = About("Wei et al., CVPR 2023, 2303.13755", "O(N^2)", "sdpa", "MIT", keeps_matrix=True)
     grids: tuple[int, ...] = (1, 2, 3)
     takes_choices = True
 

@@ -27,14 +27,18 @@ def case_of(name: str, size: Sequence[int], machine: Machine, device: torch.devi
         return None
     module, plain = (build(each, dim, grid).to(device) for each in (name, "softmax"))
     x = torch.randn(1, *grid, dim, device=device)
-    released = released_of(module)
+    # The papers' code is that of images; some of it builds its tables of tokens by tokens at once.
+    refused = refusal(module, (1, *grid), machine, materialises=True)
+    released = released_of(module) if len(grid) == 2 and not refused else None
     contestants = [
         _contestant("softmax attention", plain, plain, x, machine, same=False),
         _contestant("fovea", module, module, x, machine),
     ]
+    if refused and len(grid) == 2:
+        contestants.append(Contestant("released formulation", lambda: x, [x], refused, same=False))
     if released is not None:
         same = not module.takes_choices  # between ties the choice is arbitrary
-        contestants.append(_contestant("released formulation", released, module, x, machine, same, materialises=True))
+        contestants.append(_contestant("released formulation", released, module, x, machine, same))
     title = f"{name} {'x'.join(map(str, grid))}, {dim} channels"
     shape = (1, *grid)
     return Case(title, contestants, "fovea", module.flops(shape), module.min_bytes(shape))
@@ -78,12 +82,11 @@ def _contestant(
     x: Tensor,
     machine: Machine,
     same: bool = True,
-    materialises: bool = False,
 ) -> Contestant:
     leaf = x.clone().requires_grad_()
     leaves = [leaf, *(p for p in module.parameters() if p.requires_grad)]
     shape = x.shape[:-1]
-    absent = refusal(module, shape, machine, materialises)
+    absent = refusal(module, shape, machine)
     return Contestant(name, lambda: run(leaf), leaves, absent, same=same)
 
 
@@ -91,12 +94,12 @@ def refusal(module: Mixer, shape: Sequence[int], machine: Machine, materialises:
     """Why this cannot be timed here in reasonable time and memory; empty where it can.
 
     Args:
-        materialises: a matrix of tokens by tokens is kept, as every module of quadratic cost without an operator does.
+        materialises: this formulation keeps the matrix of tokens by tokens even if the module does not.
     """
     seconds = module.flops(shape) / max(machine.matmul.values())
     if seconds > LONGEST:
         return f"one forward pass would take {seconds:.0f} s at the rate of a matrix product"
     matrix = 4 * module.num_heads * math.prod(shape[1:]) ** 2
-    if (materialises or not module.about.operator) and "N^2" in module.about.complexity and matrix > LARGEST_MATRIX:
+    if (materialises or module.about.keeps_matrix) and "N^2" in module.about.complexity and matrix > LARGEST_MATRIX:
         return f"its matrix of tokens by tokens would take {matrix / 1e9:.0f} GB"
     return ""

@@ -158,3 +158,15 @@ def classes_of(probabilities: NDArray[np.floating], cutoff: float | None) -> NDA
     found = structures.max(0) >= cutoff if len(structures) > 1 else structures[0] >= cutoff
     best = structures.argmax(0) if len(structures) > 1 else 0
     return np.where(found, best + 1, 0).astype(np.uint8)
+
+
+def sliding_logits(model: nn.Module, image: Tensor, how: Inference) -> Tensor:
+    """Logits (B, K, *spatial) of whole images (B, C, *spatial) from windows, on the image's device."""
+    from monai.inferers.utils import sliding_window_inference
+
+    assert how.patch_size is not None
+    out = sliding_window_inference(
+        image, how.patch_size, how.batch_size, model, overlap=how.overlap, mode="gaussian"
+    )
+    assert isinstance(out, Tensor)
+    return out

@@ -1,0 +1,93 @@
+"""The network of a configuration: described, built, and tried on a small input before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+from kernels.errors import InputError
+from tasks.common.segmentation.checkpoint import Description, Segmenter, load_segmenter
+from tasks.common.segmentation.fitting import plain
+from tasks.common.segmentation.inference import Inference
+from tasks.meningioma.networks.build import build_network, refuse_backbone
+from tasks.meningioma.preparation import Preparation
+
+TASK = "meningioma"
+
+
+def build(description: Description) -> nn.Module:
+    """The network, untrained."""
+    network = description.network
+    return build_network(
+        {"name": network["name"], **network["params"]},
+        network["in_channels"],
+        len(description.classes),
+        network["attention"],
+        tuple(network["size"]),
+    )
+
+
+def describe(cfg: DictConfig, in_channels: int, classes: Sequence[str], preparation: Preparation) -> Description:
+    """What the checkpoints of a run will say of themselves; the network is built once.
+
+    Raises:
+        InputError: network, attention or size cannot be used.
+    """
+    refuse_backbone(plain(cfg.get("backbone")))
+    network = plain(cfg.network)
+    size = seen_size(preparation)
+    described = {
+        "name": str(network.pop("name")),
+        "params": network,
+        "attention": plain(cfg.get("attention")),
+        "in_channels": in_channels,
+        "size": list(size),
+    }
+    description = Description(described, tuple(classes), preparation.as_dict(), stored_inference(cfg, preparation))
+    description.how().flipped_axes(3)
+    with torch.random.fork_rng(devices=[]):
+        build(description)
+    return description
+
+
+def seen_size(preparation: Preparation) -> tuple[int, int, int]:
+    """(D, H, W) of what the network is trained on: whole volumes, or patches."""
+    stored = preparation.as_dict()
+    depth, height, width = stored.get("size") or stored["patch"]
+    return depth, height, width
+
+
+def stored_inference(cfg: DictConfig, preparation: Preparation) -> dict[str, Any]:
+    """Fields of :class:`Inference` for the section ``inference``.
+
+    Raises:
+        InputError: a setting cannot be used.
+    """
+    settings = cfg.inference
+    fields: dict[str, Any] = {name: settings[name] for name in ("overlap", "batch_size", "flips", "amp")}
+    fields["flip_axes"] = plain(settings.flip_axes)
+    fields["patch_size"] = list(seen_size(preparation)) if preparation.recipe == "sliding" else None
+    Inference(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+    if settings.smallest_ml < 0:
+        raise InputError(f"inference.smallest_ml={settings.smallest_ml} must be 0 or more.")
+    cutoff = settings.cutoff
+    if cutoff not in ("search", "argmax") and not (isinstance(cutoff, int | float) and 0 < cutoff < 1):
+        raise InputError(f"inference.cutoff={cutoff} must be search, argmax, or a probability between 0 and 1.")
+    return fields
+
+
+def load(cfg: DictConfig) -> Segmenter:
+    """The segmenter of ``checkpoint=``, with what ``inference`` changes of it.
+
+    Raises:
+        InputError: no checkpoint is given, or it cannot be used.
+    """
+    if cfg.checkpoint is None:
+        raise InputError(
+            f"action={cfg.action} needs checkpoint=RUN, a run folder, a fold folder or a model.safetensors."
+        )
+    return load_segmenter(cfg.checkpoint, TASK, build)
