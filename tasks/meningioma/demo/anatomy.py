@@ -168,5 +168,7 @@ def sinuses(points: Floats, width: float) -> Floats:
     pituitary = ellipsoid(points, (0, 10, -29), (6, 4.5, 4))
     shape = np.minimum(np.minimum(sagittal, lateral), np.minimum(sigmoid, straight))
     shape = np.minimum(shape, np.minimum(cavernous, pituitary))
-    arteries = np.minimum(capsule(both, (3, 14, -22), (34, 12, -14), 0.0), capsule(points, (0, -6, -14), (0, -10, -45), 0))
+    arteries = np.minimum(
+        capsule(both, (3, 14, -22), (34, 12, -14), 0.0), capsule(points, (0, -6, -14), (0, -10, -45), 0)
+    )
     return np.maximum(np.clip(0.5 - shape / np.float32(width), 0, 1), sheet(arteries, 2.6, width))

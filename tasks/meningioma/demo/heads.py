@@ -91,7 +91,9 @@ def make_heads(folder: Path | None = None, cases: int = 24, seed: int = 7, side:
     if cases < _FEWEST:
         raise InputError(f"data.heads.cases={cases}: {_FEWEST} cases are needed at least.")
     if side < SMALLEST_SIDE:
-        raise InputError(f"data.heads.side={side}: a head needs {SMALLEST_SIDE} voxels along its longest axis at least.")
+        raise InputError(
+            f"data.heads.side={side}: a head needs {SMALLEST_SIDE} voxels along its longest axis at least."
+        )
     wanted = {"cases": cases, "seed": seed, "side": side, "version": _VERSION}
     digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:10]
     folder = cache_folder() / f"demo_heads_{digest}" if folder is None else folder
@@ -167,7 +169,9 @@ def make_head(scan_plan: PlannedScan, number: int, seed: int, side: int) -> Made
     rng = np.random.default_rng([seed, _SCAN, number])
     grid = Grid.draw(rng, number, side)
     head = draw_head(grid.points(), grid.shape, grid.spacing, patient, tumours)
-    image = scan(head.image, rng, noise=rng.uniform(0.012, 0.035), bias=rng.uniform(0.04, 0.16), blur=rng.uniform(0.2, 0.5))
+    image = scan(
+        head.image, rng, noise=rng.uniform(0.012, 0.035), bias=rng.uniform(0.04, 0.16), blur=rng.uniform(0.2, 0.5)
+    )
     image = image * np.float32(_PEAK[grid.stored] * rng.uniform(0.7, 1.1))
     return MadeHead(image, head.tumours, head.dura, grid)
 

@@ -83,14 +83,20 @@ def _outer(points: Floats, outside: Floats, inner: Floats, patient: Anatomy, wid
     both = mirrored(points)
     grain = patient.texture(points)
     image = _MUSCLE + np.float32(0.10) * np.clip(grain, -2, 2) + np.float32(0.30) * np.maximum(grain - 0.8, 0)
-    fat = cover(-outside - (patient.scalp - 1.2) * (1 + np.float32(0.25) * patient.texture(points * np.float32(0.4))), width)
+    fat = cover(
+        -outside - (patient.scalp - 1.2) * (1 + np.float32(0.25) * patient.texture(points * np.float32(0.4))), width
+    )
     image = _over(image, _FAT + np.float32(0.05) * grain, fat)
     # Bone: the vault has marrow between its tables; the base is thick and mottled with air.
     base = np.clip((-12 - points[2]) / 12, 0, 1)
-    thickness = patient.skull * (1 + np.float32(0.15) * patient.texture(points * np.float32(0.25)) + np.float32(0.6) * base)
+    thickness = patient.skull * (
+        1 + np.float32(0.15) * patient.texture(points * np.float32(0.25)) + np.float32(0.6) * base
+    )
     bone = cover(inner - thickness, width) * cover(-inner, width)
     image = _over(image, _BONE, bone)
-    image = _over(image, 0.45, 0.6 * base * bone * np.clip(0.5 + 0.6 * grain, 0, 1))  # marrow of clivus and petrous bone
+    image = _over(
+        image, 0.45, 0.6 * base * bone * np.clip(0.5 + 0.6 * grain, 0, 1)
+    )  # marrow of clivus and petrous bone
     image = _over(image, _MARROW, 0.75 * sheet(inner - thickness * np.float32(0.55), 2.2, width) * bone)
     jaw = np.minimum(capsule(both, (44, 22, -92), (16, 84, -104), 6), capsule(both, (46, 14, -50), (44, 20, -92), 5))
     image = _over(image, _BONE + 0.5 * _MARROW, cover(jaw, width))
@@ -141,7 +147,7 @@ def _brain(
     stem = parts.brainstem(pushed)
     below = (height < 0) & (pushed[1] < -16) & (stem > 0)
     depth = 12 + 5 * patient.texture(pushed * np.float32(0.25))
-    folds = np.hypot(patient.fold_distance(pushed), np.maximum(edge - depth, 0)) - np.float32(0.25 + 0.32 * patient.gap)
+    folds = np.hypot(patient.fold_distance(pushed), np.maximum(edge - depth, 0)) - np.float32(0.1 + 0.24 * patient.gap)
     folds = np.where(below, 9.0, folds)
     pia = np.minimum(edge, folds)
     pia = np.where((pushed[2] < -18) & (stem < 6) & ~below, np.minimum(edge, -stem), pia)  # cisterns round the stem
@@ -159,7 +165,9 @@ def _brain(
     image = _over(image, _FLUID, cover(wells, width))
     image = _over(image, _PLEXUS, 0.8 * cover(plexus, width))
     image = _over(image, _BLOOD, _vessels(pushed, pia, patient, width))
-    image = _over(image, _DURA + 0.08, 0.9 * np.maximum(sheet(np.where(falx < 9, falx, 9), 1.3, width), sheet(tent, 1.1, width)))
+    image = _over(
+        image, _DURA + 0.08, 0.9 * np.maximum(sheet(np.where(falx < 9, falx, 9), 1.3, width), sheet(tent, 1.1, width))
+    )
     for tumour, growth in zip(tumours, grown, strict=True):
         image = _tumour(image, points, inner, tumour, growth, width)
     return image
@@ -174,7 +182,9 @@ def _folia(points: Floats, edge: Floats) -> Floats:
 def _vessels(points: Floats, pia: Floats, patient: Anatomy, width: float) -> Floats:
     """Veins and arteries on the surface and in the folds: thin tubes where two random surfaces cross."""
     across = np.hypot(*(field(points) for field in patient.vessels)) * np.float32(11)
-    return sheet(across, 1.9, width) * np.exp(-np.square(np.minimum(pia - 0.5, 0) / 3) - np.square(np.maximum(pia, 0) / 2))
+    return sheet(across, 1.9, width) * np.exp(
+        -np.square(np.minimum(pia - 0.5, 0) / 3) - np.square(np.maximum(pia, 0) / 2)
+    )
 
 
 @dataclass(frozen=True)
@@ -213,7 +223,9 @@ def _grow(
 def _push(points: Floats, tumour: Tumour, growth: _Grown) -> Floats:
     """Where the tissue at each point was before the tumour pushed it away, as if it kept its volume."""
     size = growth.radius * 1.12
-    centre = np.asarray(tumour.anchor, np.float32)[:, None] + np.float32(0.45 * growth.radius) * tumour.frame[0][:, None]
+    centre = (
+        np.asarray(tumour.anchor, np.float32)[:, None] + np.float32(0.45 * growth.radius) * tumour.frame[0][:, None]
+    )
     offset = points - centre
     distance = np.sqrt(np.square(offset).sum(axis=0))
     share = np.cbrt(np.clip(1 - (size / np.maximum(distance, size)) ** 3, 0, 1))
