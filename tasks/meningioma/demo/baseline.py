@@ -48,18 +48,19 @@ def threshold_baseline(load: Load, folds: Sequence[Fold]) -> dict[str, Any]:
     """Dice of every test case with the settings that were best on the fold's training cases.
 
     Args:
-        load: case id -> image (X, Y, Z), reference (X, Y, Z) with tumour where it is not 0, and affine (4, 4) to RAS+ mm.
+        load: case id -> image (X, Y, Z), reference (X, Y, Z) with tumour where it is not 0, and affine (4, 4) to mm,
+            RAS+.
 
     Returns:
-        ``what``; ``cases``, case id -> Dice, NaN where the reference is empty; ``dice``, their mean; ``found``, the share
-        of tumours' cases with any overlap; ``false_positives``, the share of cases without tumour where one was seen;
-        and ``settings`` of every fold.
+        ``what``; ``cases``, case id -> Dice, NaN where the reference is empty; ``dice``, their mean; ``found``, the
+        share of cases with a tumour that have any overlap; ``false_positives``, the share of cases without one where
+        one was seen; and ``settings`` of every fold.
     """
     names = sorted({case for fold in folds for case in (*fold.train, *fold.val, *fold.test)})
     scores = {name: _scores(*load(name)) for name in names}
     cases: dict[str, float] = {}
     seen: list[bool] = []
-    chosen = []
+    chosen: list[dict[str, Any]] = []
     for fold in folds:
         best = _choose([scores[name] for name in (*fold.train, *fold.val)])
         chosen.append({**asdict(GRID[best]), "fold": len(chosen)})

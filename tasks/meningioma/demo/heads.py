@@ -9,7 +9,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,18 +130,17 @@ def plan(cases: int, seed: int) -> list[PlannedScan]:
     counts[followed : followed + healthy] = 0  # those who are followed have one
     counts[followed + healthy : followed + healthy + double] = 2
     tumours = list(_spread(rng, int(counts.sum())))
-    growths = [1.0] * patients
-    scans = []
+    scans: list[tuple[int, datetime.date, float, tuple[PlannedTumour, ...]]] = []
     for patient, count in enumerate(counts):
         own, tumours = tuple(tumours[:count]), tumours[count:]
         first = datetime.date(2018, 1, 1) + datetime.timedelta(days=int(rng.integers(0, 1200)))
-        growths[patient] = float(rng.uniform(1.3, 2.4))
+        growth = float(rng.uniform(1.3, 2.4))
         if patient < followed:  # leave room to grow
             own = tuple(PlannedTumour(t.site, t.look, min(t.volume_ml, LARGEST_ML / 2.5)) for t in own)
         scans.append((patient, first, 1.0, own))
         if patient < followed:
             later = first + datetime.timedelta(days=int(rng.integers(200, 800)))
-            scans.append((patient, later, growths[patient], own))
+            scans.append((patient, later, growth, own))
     order = np.argsort(rng.random(patients))  # patients in a random order, their scans one after the other
     scans.sort(key=lambda scan: (int(order[scan[0]]), scan[1]))
     return [
@@ -217,7 +216,7 @@ def _nifti(voxels: NDArray, grid: Grid, stored: str) -> nibabel.Nifti1Image:
     return image
 
 
-def _write_csv(path: Path, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def _write_csv(path: Path, header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(header)

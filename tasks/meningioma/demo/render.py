@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.random import Generator
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy.ndimage import gaussian_filter, label
 
 from tasks.meningioma.demo import anatomy as parts
 from tasks.meningioma.demo.anatomy import Anatomy
-from tasks.meningioma.demo.fields import Floats, SmoothField, capsule, cover, ellipsoid, mirrored, sheet
+from tasks.meningioma.demo.fields import Floats, capsule, cover, ellipsoid, mirrored, sheet
 from tasks.meningioma.demo.tumours import Tumour
 
 _AIR, _BONE, _MARROW, _FLUID = 0.015, 0.07, 0.34, 0.12
@@ -41,7 +41,7 @@ class Head:
 
 
 def draw_head(
-    points: Floats, shape: tuple[int, int, int], spacing: Sequence[float], patient: Anatomy, tumours: Sequence[Tumour]
+    points: Floats, shape: tuple[int, int, int], spacing: ArrayLike, patient: Anatomy, tumours: Sequence[Tumour]
 ) -> Head:
     """The head of ``patient`` with ``tumours``.
 
@@ -49,7 +49,8 @@ def draw_head(
         points: (3, X * Y * Z) the voxels' centres, millimetres right, anterior and superior of the head's centre.
         spacing: (3,) sides of a voxel, millimetres.
     """
-    width = float(np.prod(spacing) ** (1 / 3))
+    volume = float(np.prod(np.asarray(spacing, float)))
+    width = volume ** (1 / 3)
     where = patient.to_average(points)
     outside = parts.skin(where, patient.skull, patient.scalp)
     inner = parts.cavity(where)
@@ -60,8 +61,7 @@ def draw_head(
     brain = np.flatnonzero(inner < width)
     spots = where[:, brain]
     labels = np.zeros(points.shape[1], np.uint8)
-    volume = float(np.prod(spacing)) / 1000
-    grown = [_grow(tumour, spots, brain, labels, shape, volume, i + 1) for i, tumour in enumerate(tumours)]
+    grown = [_grow(tumour, spots, brain, labels, shape, volume / 1000, i + 1) for i, tumour in enumerate(tumours)]
     content = _brain(spots, inner[brain], patient, tumours, grown, width)
     inside = cover(inner[brain], width)
     image[brain] = image[brain] * (1 - inside) + content * inside
@@ -140,7 +140,7 @@ def _brain(
     for tumour, growth in zip(tumours, grown, strict=True):
         pushed = _push(pushed, tumour, growth)
     wall = parts.cavity(pushed) if tumours else inner
-    middle, falx = parts.falx(pushed)
+    _, falx = parts.falx(pushed)
     height, tent = parts.tentorium(pushed)
     edge = np.minimum(-wall - patient.gap, np.minimum(falx - 1.2, tent - 1.2))
     edge = np.minimum(edge, parts.sylvian(pushed) - 1.2)
@@ -165,9 +165,7 @@ def _brain(
     image = _over(image, _FLUID, cover(wells, width))
     image = _over(image, _PLEXUS, 0.8 * cover(plexus, width))
     image = _over(image, _BLOOD, _vessels(pushed, pia, patient, width))
-    image = _over(
-        image, _DURA + 0.08, 0.9 * np.maximum(sheet(np.where(falx < 9, falx, 9), 1.3, width), sheet(tent, 1.1, width))
-    )
+    image = _over(image, _DURA + 0.08, np.float32(0.9) * np.maximum(sheet(falx, 1.3, width), sheet(tent, 1.1, width)))
     for tumour, growth in zip(tumours, grown, strict=True):
         image = _tumour(image, points, inner, tumour, growth, width)
     return image
@@ -176,7 +174,8 @@ def _brain(
 def _folia(points: Floats, edge: Floats) -> Floats:
     """Grey matter of the cerebellum: thin leaves, and a white core."""
     leaves = 0.5 + 0.5 * np.sin(2 * np.pi * (points[2] + np.float32(0.35) * points[1]) / np.float32(7.5))
-    return np.clip((14 - edge) / 6, 0, 1) * np.clip(0.45 + 0.55 * leaves, 0, 1)
+    share = np.clip((14 - edge) / 6, 0, 1) * np.clip(0.45 + 0.55 * leaves, 0, 1)
+    return np.asarray(share, np.float32)
 
 
 def _vessels(points: Floats, pia: Floats, patient: Anatomy, width: float) -> Floats:
@@ -266,6 +265,3 @@ def scan(image: Floats, rng: Generator, noise: float, bias: float, blur: float) 
     image = image * np.exp(np.float32(bias) * (field - field.mean()) / np.float32(field.std() + 1e-6))
     real, other = rng.standard_normal((2, *image.shape), np.float32) * np.float32(noise)
     return np.hypot(image + real, other)
-
-
-__all__ = ["Head", "SmoothField", "draw_head", "scan"]
