@@ -24,6 +24,7 @@ from tasks.common.segmentation.pictures import PREDICTION, REFERENCE, intensity_
 FALSE_POSITIVE, FALSE_NEGATIVE, AGREED = "#D55E00", "#56B4E9", "#F0E442"
 Picture = NDArray[np.uint8]
 _SHORT_SIDE = 384  # pixels to which small images are enlarged, as near as whole factors come
+_LONG_SIDE = 2048  # and no further than this
 _SHIFT = 4  # binary digits of a pixel in OpenCV's coordinates
 _OUTSIDE = 0.35  # brightness of what lies outside the field of view
 
@@ -132,7 +133,7 @@ def error_overlay(
         FALSE_NEGATIVE: (found == 0) & (truth != 0),
     }
     for colour, mask in kinds.items():
-        large = np.kron(mask & judged, np.ones((factor, factor), bool))
+        large = _enlarged(mask & judged, factor)
         mixed = (1 - opacity) * picture[large] + opacity * np.array(_rgb(colour))
         picture[large] = mixed.round().astype(np.uint8)
     return picture
@@ -218,18 +219,22 @@ def _same_shape(image: ArrayLike, labels: ArrayLike, name: str) -> NDArray:
 def _canvas(image: ArrayLike, region: ArrayLike | None, enlarge: int | None) -> tuple[Picture, int]:
     """A copy of the image, enlarged and dark outside the field of view, and the factor."""
     picture = picture_of(image)
-    if region is not None:
-        outside = _same_shape(image, region, "region") == 0
-        picture = picture.copy()
-        picture[outside] = (picture[outside] * _OUTSIDE).astype(np.uint8)
     height, width = picture.shape[:2]
-    factor = max(1, round(_SHORT_SIDE / min(height, width))) if enlarge is None else enlarge
-    if factor < 1:
-        raise InputError(f"enlarge={factor}: pictures are enlarged by a whole factor of 1 or more.")
-    if factor == 1:
-        return picture.copy(), 1
-    large = cv2.resize(picture, (width * factor, height * factor), interpolation=cv2.INTER_CUBIC)
-    return np.asarray(large, np.uint8), factor
+    if enlarge is None:
+        enlarge = max(1, min(round(_SHORT_SIDE / min(height, width)), _LONG_SIDE // max(height, width)))
+    if enlarge < 1:
+        raise InputError(f"enlarge={enlarge}: pictures are enlarged by a whole factor of 1 or more.")
+    size = (width * enlarge, height * enlarge)
+    large = picture.copy() if enlarge == 1 else cv2.resize(picture, size, interpolation=cv2.INTER_CUBIC)
+    large = np.asarray(large, np.uint8)
+    if region is not None:
+        outside = _enlarged(_same_shape(image, region, "region") == 0, enlarge)
+        large[outside] = (large[outside] * _OUTSIDE).astype(np.uint8)
+    return large, enlarge
+
+
+def _enlarged(mask: NDArray[np.bool_], factor: int) -> NDArray[np.bool_]:
+    return mask.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
 def _draw(picture: Picture, mask: NDArray, factor: int, colour: str, thicker: int = 0) -> None:

@@ -90,10 +90,13 @@ def skin(points: Floats, skull: float, scalp: float) -> Floats:
     grown = skull + scalp
     vault = ellipsoid(points, (0, -2, 11), (66 + grown, 84 + grown, 61 + grown))
     face = ellipsoid(points, (0, 44, -66), (56, 50, 68))
+    temporal = ellipsoid(both, (38, 4, -21), (26 + grown, 37 + grown, 22 + grown))
+    occiput = ellipsoid(points, (0, -42, -27), (52 + grown, 41 + grown, 35 + grown))
     neck = capsule(points, (0, -40, -60), (0, -52, -170), 56)
     nose = ellipsoid(points, (0, 99, -58), (12, 15, 19))
     ears = ellipsoid(both, (78, -12, -40), (9, 15, 24))
-    return union(union(union(union(vault, face, 24), neck, 30), nose, 10), ears, 5)
+    head = union(union(vault, temporal, 10), occiput, 10)
+    return union(union(union(union(head, face, 24), neck, 30), nose, 10), ears, 5)
 
 
 def falx(points: Floats) -> tuple[Floats, Floats]:

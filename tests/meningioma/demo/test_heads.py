@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import itertools
 import json
 from pathlib import Path
 
@@ -92,7 +93,7 @@ def test_plans_spread_patients_sites_and_sizes() -> None:
 
 
 def test_a_followed_tumour_grows_where_it_was(heads: list[tuple[PlannedScan, MadeHead]]) -> None:
-    first, second = next((a, b) for a, b in zip(heads, heads[1:], strict=False) if a[0].patient == b[0].patient)
+    first, second = next((a, b) for a, b in itertools.pairwise(heads) if a[0].patient == b[0].patient)
     centres = []
     for _, head in (first, second):
         index = np.argwhere(head.tumours == 1).mean(axis=0)
@@ -147,7 +148,7 @@ def test_simpleitk_reads_the_same_geometry(folder: Path) -> None:
         corner = np.array(theirs.TransformIndexToPhysicalPoint((0, 0, 0))) * (-1, -1, 1)
         np.testing.assert_allclose(corner, ours.affine[:3, 3], atol=1e-3)
         np.testing.assert_allclose(theirs.GetSpacing(), ours.header.get_zooms(), rtol=1e-5)
-        assert SimpleITK.GetArrayFromImage(theirs).T == pytest.approx(ours.get_fdata(), abs=1e-4)
+        assert pytest.approx(ours.get_fdata(), abs=1e-4) == SimpleITK.GetArrayFromImage(theirs).T
 
 
 def test_written_volumes_are_those_listed(folder: Path) -> None:
