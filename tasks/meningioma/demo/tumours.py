@@ -100,11 +100,12 @@ def _anchor(rng: Generator, site: str, away_from: tuple[Tumour, ...]) -> tuple[F
     for _ in range(4):  # Newton's steps on to the surface
         normal = _gradient(surface, points)
         points = points - surface(points)[None] * normal
-    inside = (points[0] * np.sign(points[0]) >= low[0] - 4) & (points[1] >= low[1] - 4) & (points[1] <= high[1] + 4)
+    inside = (np.abs(points[0]) >= low[0] - 4) & (points[1] >= low[1] - 4) & (points[1] <= high[1] + 4)
     inside &= (points[2] >= low[2] - 4) & (points[2] <= high[2] + 4) & (np.abs(surface(points)) < 0.2)
     if not outer:
         inside &= cavity(points) < -8
     points = points[:, inside]
+    assert points.size, f"no dura at the {site}"
     choice = points[:, :1]
     if away_from:
         others = np.asarray([t.anchor for t in away_from], np.float32)
