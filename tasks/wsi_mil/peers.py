@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 from kernels.errors import InputError, unknown_name
-from tasks.wsi_mil.contours import Contour
+from tasks.common.contours import Contour
 
 _CONTOUR_TESTS = ("four_pt", "four_pt_hard", "center", "basic")
 

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 
 from kernels.errors import InputError, unknown_name
-from tasks.wsi_mil.contours import Contour, rasterise, read_geojson
+from tasks.common.contours import Contour, rasterise, read_geojson
 from tasks.wsi_mil.quality import pen_mask
 from tasks.wsi_mil.slides import Slide
 

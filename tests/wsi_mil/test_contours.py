@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from kernels.errors import InputError
-from tasks.wsi_mil.contours import Contour, draw_contours, rasterise, read_geojson, write_geojson, write_jpeg
+from tasks.common.contours import Contour, rasterise, read_geojson
+from tasks.wsi_mil.contours import draw_contours, write_geojson, write_jpeg
 
 SQUARE = np.array([[100, 100], [900, 100], [900, 700], [100, 700]], np.int32)
 HOLE = np.array([[300, 300], [500, 300], [500, 500], [300, 500]], np.int32)

@@ -17,9 +17,9 @@ import torch
 from omegaconf import OmegaConf
 
 from kernels.errors import InputError
+from tasks.common.contours import read_geojson
 from tasks.wsi_mil import cohort_work, prepare
 from tasks.wsi_mil.cohort import SlideFile, SlidesTable, find_slides
-from tasks.wsi_mil.contours import read_geojson
 from tasks.wsi_mil.features import find_bags, read_attributes, read_coords, read_features
 from tasks.wsi_mil.locks import FileLock
 from tasks.wsi_mil.prepare import plan_cohort, prepare_cohort, prepare_slide, raise_if_failed

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from kernels.errors import InputError
-from tasks.wsi_mil.contours import Contour, write_geojson
+from tasks.common.contours import Contour
+from tasks.wsi_mil.contours import write_geojson
 from tasks.wsi_mil.slides import open_slide
 from tasks.wsi_mil.tissue import PRESETS, TissueOptions, clam_contours, find_tissue, overview
 from tests.wsi_mil.slide_files import tissue_image, write_pyramid

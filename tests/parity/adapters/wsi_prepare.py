@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tasks.wsi_mil.contours import rasterise
+from tasks.common.contours import rasterise
 from tasks.wsi_mil.peers import clam_grid, trident_plan
 from tasks.wsi_mil.tissue import Preset, clam_contours
 from tests.parity.harness import Case, adapter

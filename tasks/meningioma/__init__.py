@@ -1,0 +1,1 @@
+"""Meningioma segmentation in contrast-enhanced T1 volumes."""
