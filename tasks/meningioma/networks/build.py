@@ -19,7 +19,7 @@ from tasks.meningioma.networks.hierarchical import Hierarchical
 from tasks.meningioma.networks.peers import PEERS, MonaiNetwork
 from tasks.meningioma.networks.volume import DEFAULT_SIZE, VolumeNetwork
 
-OURS: dict[str, tuple[type[VolumeNetwork], dict[str, Any]]] = {
+OURS: dict[str, tuple[type[AGUNet] | type[DAUNet] | type[Hierarchical], dict[str, Any]]] = {
     "agunet": (AGUNet, {}),
     "unet3d": (AGUNet, {"gate": False, "input_pyramid": False, "deep_supervision": False}),
     "daunet": (DAUNet, {}),

@@ -49,7 +49,9 @@ class Decoder(nn.Module):
         deep_supervision: whether every level has a head, or the finest alone.
     """
 
-    def __init__(self, levels: Sequence[nn.Module], filters: Sequence[int], classes: int, deep_supervision: bool) -> None:
+    def __init__(
+        self, levels: Sequence[nn.Module], filters: Sequence[int], classes: int, deep_supervision: bool
+    ) -> None:
         super().__init__()
         self.levels = nn.ModuleList(levels)
         trained = filters if deep_supervision else filters[-1:]

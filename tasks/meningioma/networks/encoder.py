@@ -55,6 +55,7 @@ class Encoder(nn.Module):
         super().__init__()
         if len(filters) < 2 or min(filters) < 1:
             raise InputError(f"filters={list(filters)} must be positive numbers, one for each of at least two levels.")
+        self.filters = tuple(filters)
         self.levels = nn.ModuleList()
         inputs = in_channels
         for level, outputs in enumerate(filters[:-1]):
@@ -63,7 +64,7 @@ class Encoder(nn.Module):
         self.bottleneck = ConvBlock(inputs, filters[-1], dropout)
 
     def forward(self, volume: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The bottleneck (B, filters[-1], D / 2^n, ...) of (B, C, D, H, W), and the maps of the levels, finest first."""
+        """The bottleneck (B, filters[-1], D / 2^n, ...) of (B, C, D, H, W), and the levels' maps, finest first."""
         skips: list[Tensor] = []
         x = volume
         for level in self.levels:

@@ -106,7 +106,7 @@ class VolumeNetwork(nn.Module):
 
 
 def pad_to_multiple(x: Tensor, multiple: Sequence[int]) -> Tensor:
-    """``x`` (B, C, D, H, W) with the last plane of each axis repeated up to a multiple; ``x`` itself where it is one."""
+    """``x`` (B, C, D, H, W) with the last plane of each axis repeated up to a multiple, or ``x`` itself."""
     missing = [-side % step for side, step in zip(x.shape[2:], multiple, strict=True)]
     if not any(missing):
         return x
