@@ -8,6 +8,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from attention.parameters import check_parameters
@@ -157,7 +158,15 @@ class OwnNetwork(VolumeNetwork):
         run: Callable[[Tensor], Any] = self.network
         if not finest_only and hasattr(self.network, "forward_levels"):
             run = self.network.forward_levels  # type: ignore[assignment]
-        out = run(x)
+        try:
+            out = run(x)
+        except torch.OutOfMemoryError:
+            raise
+        except _BUILD_ERRORS as error:
+            raise InputError(
+                f"network '{self.name}' does not take a volume {tuple(x.shape)} ({_reason(error)}); if its sizes must be "
+                f"multiples, say of which: network.multiple (now {self.multiple[0]})."
+            ) from error
         levels = list(out) if isinstance(out, list | tuple) else [out]
         wanted = (len(x), self.classes, *x.shape[2:])
         found = tuple(getattr(levels[0], "shape", ())) if levels else ()
@@ -186,11 +195,14 @@ def _own_network(
     except InputError:
         raise
     except _BUILD_ERRORS as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise InputError(f"network '{path}' cannot be built from {sorted(given)} ({reason}).") from error
+        raise InputError(f"network '{path}' cannot be built from {sorted(given)} ({_reason(error)}).") from error
     if isinstance(network, VolumeNetwork):
         return network
     return OwnNetwork(path, network, in_channels, classes, multiple)
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _own_class(path: str) -> type[nn.Module]:

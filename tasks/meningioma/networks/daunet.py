@@ -66,8 +66,8 @@ class DAUNet(VolumeNetwork):
         size: Sequence[int] = DEFAULT_SIZE,
         name: str = "daunet",
     ) -> None:
-        halvings = len(filters) - 1
-        super().__init__(name, in_channels, classes, 2**halvings, smallest_side(len(filters)))
+        smallest, halvings = smallest_side(filters), len(filters) - 1
+        super().__init__(name, in_channels, classes, 2**halvings, smallest)
         self.encoder = Encoder(in_channels, filters, input_pyramid, dropout)
         self.mixer = mixer_block(mixer, filters[-1], head_dim, coarse_grid(size, 2**halvings))
         self.dual = DualBottleneck(filters[-1], position, channel, attention_dropout) if position or channel else None

@@ -45,16 +45,12 @@ class Encoder(nn.Module):
         input_pyramid: whether the volume joins from the second level on.
         dropout: see :class:`ConvBlock`.
 
-    Raises:
-        InputError: fewer than two levels, or one without channels.
     """
 
     def __init__(
         self, in_channels: int, filters: Sequence[int], input_pyramid: bool = True, dropout: float = 0.0
     ) -> None:
         super().__init__()
-        if len(filters) < 2 or min(filters) < 1:
-            raise InputError(f"filters={list(filters)} must be positive numbers, one for each of at least two levels.")
         self.filters = tuple(filters)
         self.levels = nn.ModuleList()
         inputs = in_channels
@@ -75,10 +71,15 @@ class Encoder(nn.Module):
         return self.bottleneck(x), skips
 
 
-def smallest_side(levels: int) -> int:
-    """Fewest voxels of an axis for a network of ``levels`` levels, bottleneck included.
+def smallest_side(filters: Sequence[int]) -> int:
+    """Fewest voxels of an axis for an encoder with these ``filters``.
 
     The released encoder stops to halve an axis of 4 voxels or fewer, which its decoder doubles all the same, so that
     such an axis cannot be built: before every halving there must be more than 4.
+
+    Raises:
+        InputError: there are fewer than two levels, or one has no channels.
     """
-    return 4 * 2 ** (levels - 2) + 1
+    if len(filters) < 2 or min(filters) < 1:
+        raise InputError(f"filters={list(filters)} must be positive numbers, one for each of at least two levels.")
+    return 4 * 2 ** (len(filters) - 2) + 1

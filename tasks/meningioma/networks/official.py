@@ -93,8 +93,8 @@ def read_layers(path: Path) -> list[KerasLayer]:
                     found.setdefault(owner, {})[name.partition(":")[0]] = np.asarray(group[layer][weight])
     except (OSError, KeyError, AttributeError, ValueError, TypeError) as error:
         raise InputError(
-            f"checkpoint {path} cannot be read as Keras weights ({_reason(error)}); an HDF5 file written by save_weights "
-            "or by saving the whole model is needed."
+            f"checkpoint {path} cannot be read as Keras weights ({_reason(error)}); an HDF5 file written by "
+            "save_weights or by saving the whole model is needed."
         ) from error
     if not found:
         raise InputError(f"checkpoint {path} holds no layers with weights; was it written by Keras?")

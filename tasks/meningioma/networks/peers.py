@@ -61,7 +61,7 @@ PEERS: dict[str, Peer] = {
         "SegResNet", _halvings, {"init_filters": 16, "blocks_down": (1, 2, 2, 4), "blocks_up": (1, 1, 1)}
     ),
     "segresnet_ds": Peer(
-        "SegResNetDS", _halvings, {"init_filters": 16, "blocks_down": (1, 2, 2, 4), "norm": "instance", "dsdepth": 4}
+        "SegResNetDS", _halvings, {"init_filters": 16, "blocks_down": (1, 2, 2, 4), "norm": "instance", "dsdepth": 3}
     ),
     "dynunet": Peer(
         "DynUNet",
@@ -111,6 +111,8 @@ class MonaiNetwork(VolumeNetwork):
             raise InputError(f"network '{name}': MONAI's {peer.cls} cannot be built so ({reason}).") from error
 
     def levels(self, x: Tensor, finest_only: bool) -> list[Tensor]:
+        if len(x) == 0:  # which instance normalisation does not take
+            return [level[:0] for level in self.levels(x.new_zeros(1, *x.shape[1:]), finest_only)]
         if hasattr(self.network, "heads"):
             return self._dynunet_levels(x, finest_only)
         if hasattr(self.network, "dsdepth") and self.network.training == finest_only:
