@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -93,12 +92,7 @@ def up_convolve(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
     """What :class:`UpConv` computes, with kernels (inputs, outputs, 3, 3, 3)."""
     if stride < KERNEL:
         return F.conv_transpose3d(x, weight, bias, stride)[..., :-1, :-1, :-1]
-    # Kernels do not overlap: each voxel becomes a corner of its block, and the rest of the block is the bias.
-    corners = torch.einsum("bcdhw,cfijk->bfdihjwk", x, weight)
-    rest = (0, stride - KERNEL)
-    blocks = F.pad(corners, (*rest, 0, 0, *rest, 0, 0, *rest))
-    out = blocks.reshape(len(x), weight.shape[1], *(side * stride for side in x.shape[2:]))
-    return out + bias.to(out.dtype)[:, None, None, None]
+    return F.conv_transpose3d(x, weight, bias, stride, output_padding=stride - KERNEL)
 
 
 def up_norm(x: Tensor, up: UpConv, norm: nn.BatchNorm3d) -> Tensor:

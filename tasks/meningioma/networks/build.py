@@ -164,8 +164,8 @@ class OwnNetwork(VolumeNetwork):
             raise
         except _BUILD_ERRORS as error:
             raise InputError(
-                f"network '{self.name}' does not take a volume {tuple(x.shape)} ({_reason(error)}); if its sizes must be "
-                f"multiples, say of which: network.multiple (now {self.multiple[0]})."
+                f"network '{self.name}' does not take a volume {tuple(x.shape)} ({_reason(error)}); if its sizes must "
+                f"be multiples, say of which: network.multiple (now {self.multiple[0]})."
             ) from error
         levels = list(out) if isinstance(out, list | tuple) else [out]
         wanted = (len(x), self.classes, *x.shape[2:])

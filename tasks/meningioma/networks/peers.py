@@ -38,7 +38,16 @@ class Peer:
 
 
 def _strides(params: Mapping[str, Any]) -> tuple[int, ...]:
-    """The product of the strides along each axis."""
+    """The product of the strides along each axis.
+
+    Raises:
+        InputError: there is not one stride between each two levels, where the levels are given by their channels.
+    """
+    levels = params.get("channels")
+    if levels is not None and len(params["strides"]) != len(levels) - 1:
+        raise InputError(
+            f"channels={list(levels)} and strides={list(params['strides'])}: there must be one stride fewer than levels."
+        )
     steps = [(s,) * 3 if isinstance(s, int) else tuple(s) for s in params["strides"]]
     return tuple(math.prod(step[axis] for step in steps) for axis in range(3))
 
@@ -104,8 +113,9 @@ class MonaiNetwork(VolumeNetwork):
             multiple = peer.multiple(given)
             super().__init__(name, in_channels, classes, multiple)
             self.network = cls(spatial_dims=3, in_channels=in_channels, out_channels=classes, **given)
-        except InputError:
-            raise
+        except InputError as error:
+            message = str(error)
+            raise error if message.startswith("network") else InputError(f"network '{name}': {message}") from error
         except _BUILD_ERRORS as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
             raise InputError(f"network '{name}': MONAI's {peer.cls} cannot be built so ({reason}).") from error
