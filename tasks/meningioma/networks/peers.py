@@ -46,7 +46,7 @@ def _strides(params: Mapping[str, Any]) -> tuple[int, ...]:
     levels = params.get("channels")
     if levels is not None and len(params["strides"]) != len(levels) - 1:
         raise InputError(
-            f"channels={list(levels)} and strides={list(params['strides'])}: there must be one stride fewer than levels."
+            f"channels={list(levels)} and strides={list(params['strides'])}: there must be one stride less than levels."
         )
     steps = [(s,) * 3 if isinstance(s, int) else tuple(s) for s in params["strides"]]
     return tuple(math.prod(step[axis] for step in steps) for axis in range(3))
