@@ -1,4 +1,4 @@
-"""Keras's weights files: written here in its layout from a known state, read back, and refused where they do not fit."""
+"""Keras's weights files: written here in its layout from a known state, read back, refused where they do not fit."""
 
 import json
 import logging
@@ -68,11 +68,10 @@ def write_keras(
     attributes: dict[str, Any] | None = None,
     chunks: int = 1,
 ) -> Path:
-    """The HDF5 layout of ``save_weights``, or with ``whole`` of a saved model; layers without weights are in between."""
+    """The HDF5 layout of ``save_weights``, or with ``whole`` of a saved model, with layers that have no weights."""
     # The order of a functional model is that of its graph, not that in which its layers were made.
-    order = sorted(
-        [*layers, ("input_1", {}), ("activation", {}), ("concatenate_2", {})], key=lambda item: item[0][::-1]
-    )
+    empty: list[Layer] = [("input_1", {}), ("activation", {}), ("concatenate_2", {})]
+    order = sorted([*layers, *empty], key=lambda item: item[0][::-1])
     with h5py.File(path, "w") as file:
         group = file.create_group("model_weights") if whole else file
         names = np.array([name.encode() for name, _ in order])
@@ -157,8 +156,8 @@ def test_missing_projections_are_said_in_one_line(tmp_path: Path, caplog: pytest
     with caplog.at_level(logging.INFO):
         load_keras(other, path)
     assert [record.message for record in caplog.records] == [
-        "w.h5: the file has no dual.position.attention.qkv.weight; they keep the values they were started with, so train "
-        "before relying on them"
+        "w.h5: the file has no dual.position.attention.qkv.weight; they keep the values they were started with, so "
+        "train before relying on them"
     ]
     assert torch.equal(before, other.dual.position.attention.qkv.weight)  # type: ignore[union-attr]
     caplog.clear()
