@@ -53,7 +53,8 @@ def build_network(
         classes: K, background included.
         attention: a module of the registry, ``name`` and parameters as in ``conf/attention``: a mixer goes to the
             bottleneck (in ``hierarchical`` to every stage), a gate on every skip. ``stages`` has one entry for each
-            place: true for the module, false for what is there without it, or another module.
+            place: true for the module, false for what is there without it, or another module. A name that exists as
+            both means the mixer; the network's own ``gate`` takes it as a gate.
         size: (D, H, W) in voxels of the volumes, which is checked at once.
 
     Raises:

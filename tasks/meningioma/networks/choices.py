@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 
 import attention as registry
-from attention.mixer import Mixer
 from attention.registry import name_of
 from backbones.blocks import MixerBlock
 from backbones.choices import Choice, HostKind, is_list
@@ -87,7 +86,7 @@ def build_mixer(choice: Choice, dim: int, index: int, head_dim: int, grid: Seque
     heads = choice.params.get("num_heads") or heads_for(dim, head_dim)
     offers = {"num_heads": heads, "input_size": tuple(grid), "local_axes": AXES}
     mixer = Choice(choice.name, choice.cls, params).build(dim, index, **offers)
-    if isinstance(mixer, Mixer) and AXES not in mixer.grids:
+    if AXES not in getattr(mixer, "grids", (AXES,)):
         raise InputError(f"attention '{choice.name}' with these parameters takes no volumes: {choice.params}.")
     return mixer
 

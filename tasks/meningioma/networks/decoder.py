@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention.gate import Gate
 from tasks.meningioma.networks.blocks import ConvBlock, UpConv, batch_norm, convolution, up_norm
 
 
@@ -73,4 +72,4 @@ def gated(gate: nn.Module | None, skip: Tensor, signal: Tensor) -> Tensor:
     """``skip`` through ``gate``, which sees ``signal`` where it takes one."""
     if gate is None:
         return skip
-    return gate(skip, signal) if isinstance(gate, Gate) and gate.takes_signal else gate(skip)
+    return gate(skip, signal) if getattr(gate, "takes_signal", False) else gate(skip)

@@ -51,14 +51,17 @@ def test_every_mixer_for_volumes_is_a_hierarchy_and_a_bottleneck(name: str) -> N
             11,
             13,
             8,
-        )  # another size than was built for
+        )
 
 
 @pytest.mark.parametrize("name", fitting("gate"))
 @pytest.mark.parametrize("network_name", ["agunet", "unet3d", "daunet", "dagunet", "hierarchical"])
 def test_every_gate_for_volumes_is_on_every_skip(name: str, network_name: str) -> None:
     settings = {"hierarchical": TINY | {"filters": (16,)}}.get(network_name, {"filters": (16, 16, 16)})
-    network = build_network({"name": network_name, **settings}, attention=configured(name), size=(9, 9, 9))
+    if "mixer" in attention.kinds_of(name):  # which +attention= then means
+        network = build_network({"name": network_name, **settings, "gate": configured(name)}, size=(9, 9, 9))
+    else:
+        network = build_network({"name": network_name, **settings}, attention=configured(name), size=(9, 9, 9))
     gates = [level.gate for level in network.decoder.levels]  # type: ignore[union-attr]
     assert [gate.name for gate in gates] == [name] * len(gates)
     assert network.eval()(torch.randn(1, 1, 9, 9, 10)).shape == (1, 2, 9, 9, 10)
@@ -107,9 +110,9 @@ def test_what_does_not_fit_is_refused_with_what_does(chosen: Any, said: str) -> 
 
 
 def test_a_gate_is_no_mixer_and_a_mixer_no_gate() -> None:
-    with pytest.raises(InputError, match="'ela' is of kind 'gate'.*mixers of tokens"):
+    with pytest.raises(InputError, match=r"'ela' is of kind 'gate'.*mixers of tokens"):
         AGUNet(filters=(4, 8), mixer="ela")
-    with pytest.raises(InputError, match="'agent' is of kind 'mixer'.*gates of skip connections"):
+    with pytest.raises(InputError, match=r"'agent' is of kind 'mixer'.*gates of skip connections"):
         AGUNet(filters=(4, 8), gate="agent")
 
 
@@ -122,9 +125,9 @@ def test_axes_are_halved_as_often_as_there_are_levels() -> None:
     network = Hierarchical(**TINY, size=SIZE).eval()
     levels = network.forward_levels(torch.randn(1, 1, *SIZE))
     assert [tuple(level.shape[2:]) for level in levels] == [SIZE, (5, 4, 7)]
-    with pytest.raises(InputError, match="filters=.* must be at least one positive"):
+    with pytest.raises(InputError, match=r"filters=.* must be at least one positive"):
         Hierarchical(filters=())
-    with pytest.raises(InputError, match="dims=.*one positive entry for each stage"):
+    with pytest.raises(InputError, match=r"dims=.*one positive entry for each stage"):
         Hierarchical(dims=(8, 8), depths=(1,))
 
 

@@ -18,7 +18,7 @@ from tasks.meningioma.networks.blocks import UpConv
 from tasks.meningioma.networks.daunet import DAUNet
 from tasks.meningioma.networks.official import load_keras
 from tasks.meningioma.networks.volume import VolumeNetwork
-from tests.meningioma.networks.test_unets import SMALL, dagunet, varied
+from tests.meningioma.networks.small import SMALL, dagunet, varied
 
 NETWORKS = pytest.mark.parametrize("build", [AGUNet, DAUNet, dagunet])
 Layer = tuple[str, dict[str, np.ndarray]]

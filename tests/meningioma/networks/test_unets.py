@@ -10,38 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention.dual_position_channel import ChannelAttention, PositionAttention
+from attention.dual_position_channel import PositionAttention
 from kernels.errors import InputError
 from kernels.measure import peak_memory
 from tasks.meningioma.networks.agunet import AGUNet
 from tasks.meningioma.networks.blocks import ConvBlock, UpConv, batch_norm, up_norm
 from tasks.meningioma.networks.daunet import DAUNet
 from tasks.meningioma.networks.volume import VolumeNetwork, pad_to_multiple
+from tests.meningioma.networks.small import SMALL, dagunet, varied
 from tests.meningioma.networks.spheres import learnt_dice
 
-SMALL = (4, 6, 8)
 Build = Callable[..., VolumeNetwork]
 
 
-def dagunet(**options: Any) -> VolumeNetwork:
-    return DAUNet(guided=True, **options)
-
-
 NETWORKS = pytest.mark.parametrize("build", [AGUNet, DAUNet, dagunet])
-
-
-def varied(network: nn.Module) -> nn.Module:
-    """Nothing left at a value that hides a mistake: statistics, scales and shifts of their own, gammas of 1."""
-    for module in network.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            assert module.running_mean is not None and module.running_var is not None
-            nn.init.normal_(module.running_mean, std=0.1)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-            nn.init.uniform_(module.weight, 0.5, 2)
-            nn.init.normal_(module.bias, std=0.1)
-        elif isinstance(module, PositionAttention | ChannelAttention):
-            nn.init.ones_(module.gamma)
-    return network
 
 
 @pytest.mark.parametrize(
