@@ -1,0 +1,1 @@
+"""Meningioma segmentation in T1-weighted volumes."""
