@@ -114,7 +114,8 @@ def world_aligned(grid: Grid, spacing: Sequence[float]) -> Grid:
 
 def mapping(target: Grid, source: Grid) -> Affine:
     """The (4, 4) matrix from voxel indices of ``target`` to those of ``source``."""
-    return np.linalg.solve(source.affine, target.affine)
+    matrix: Affine = np.linalg.solve(source.affine, target.affine)
+    return matrix
 
 
 def is_rearrangement(target: Grid, source: Grid) -> bool:

@@ -29,9 +29,9 @@ def read_nifti(path: Path, kind: type[np.floating[Any]]) -> tuple[NDArray[Any], 
     image: Any = nibabel.load(path)
     stored = image.get_data_dtype()
     if stored.kind not in "iuf":
-        raise InputError(
-            f"{path} holds {_described(stored)} voxels; give one real number per voxel, a file per channel."
-        )
+        what = "colour" if stored.names else "complex" if stored.kind == "c" else str(stored)
+        raise InputError(f"{path} holds {what} voxels; give one real number per voxel, a file per channel.")
+    _check_spacing(image, path)
     proxy = image.dataobj
     raw = np.asanyarray(proxy.get_unscaled())
     values = raw.astype(kind)
