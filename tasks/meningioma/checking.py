@@ -147,7 +147,7 @@ def _by(values: Sequence[Any]) -> str:
 def _remembered(case: Case, foreground: Sequence[int] | None) -> Facts:
     """Facts from the cache, or new ones, which are kept when nothing was wrong."""
     try:
-        stamps = [_stamp(path) for path in case.files()]
+        stamps = [stamp_of(path) for path in case.files()]
     except OSError:
         return examine(case, foreground)
     key = json.dumps([_VERSION, stamps, case.channels, None if foreground is None else sorted(foreground)])
@@ -166,7 +166,8 @@ def _remembered(case: Case, foreground: Sequence[int] | None) -> Facts:
     return facts
 
 
-def _stamp(path: Path) -> list[Any]:
+def stamp_of(path: Path) -> list[Any]:
+    """What changes when a file does (or its pair, or the slices of a folder): names, sizes, times."""
     files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
     if path.suffix.lower() in (".hdr", ".img", ".mhd", ".nhdr"):  # the data lie in another file
         files = sorted(path.parent.glob(f"{path.stem}.*"))

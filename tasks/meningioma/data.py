@@ -1,4 +1,4 @@
-"""Which cases there are, which of their labels are which class, and a check of every file before anything is trained."""
+"""Which cases there are, which of their labels are which class, and a check of every file before training."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def load_cases(settings: DictConfig) -> Checked:
     path = Path(settings.path)
     if not path.exists():
         raise InputError(
-            f"data.path={path} does not exist; give a folder with a folder per case (CASE/t1c.nii.gz, CASE/seg.nii.gz), "
-            "an nnU-Net folder, or a CSV with the columns case_id, image and label."
+            f"data.path={path} does not exist; give a folder with a folder per case (CASE/t1c.nii.gz and "
+            "CASE/seg.nii.gz), an nnU-Net folder, or a CSV with the columns case_id, image and label."
         )
     listing = list_cases(path, settings)
     known = _known_classes(settings, listing, path)

@@ -108,6 +108,8 @@ def _case_folder(folder: Path, side: str | None, settings: DictConfig, listing: 
 def _named(path: Path, case: str, name: str) -> bool:
     """Whether ``name`` is a word of the file's name, once the case's own name is taken off: CASE_t1c.nii.gz is t1c."""
     stem = stem_of(path).lower()
+    if stem == name.lower():
+        return True
     stem = stem.removeprefix(case.lower())
     words = "_".join(word for word in re.split(r"[^a-z0-9]+", stem) if word)
     return f"_{name.lower()}_".replace("-", "_") in f"_{words}_"

@@ -110,7 +110,8 @@ class Preparation:
 
     @staticmethod
     def from_dict(content: Mapping[str, Any]) -> Preparation:
-        """The inverse of :meth:`as_dict`; also of a section of a configuration. Keys of the other recipe are passed by.
+        """The inverse of :meth:`as_dict`; also of a section of a configuration. Keys of the other recipe are passed by,
+        and ``auto`` is the recipe's own value.
 
         Raises:
             InputError: a value cannot be used.
@@ -124,7 +125,7 @@ class Preparation:
         for key in content:
             if key not in every:
                 raise unknown_name("the key of data.preparation", str(key), every)
-        given = {key: _plain(value) for key, value in content.items() if key in own}
+        given = {key: _plain(value) for key, value in content.items() if key in own and value != "auto"}
         return kind(**given)
 
     @classmethod

@@ -72,10 +72,8 @@ def _read(path: Path, channel: int | None, series: str | None, kind: type[np.flo
 
             values, affine, files = read_dicom(path, series)
         elif suffix_of(path) is None:
-            hint = "; give the folder of its series" if path.suffix.lower() in (".dcm", ".ima") else ""
-            raise InputError(
-                f"{path} is no volume format known here{hint}; known: {', '.join(SUFFIXES)}, DICOM folders."
-            )
+            known = f"known: {', '.join(SUFFIXES)}, and folders with a DICOM series"
+            raise InputError(f"{path} is not in a volume format that can be read; {known}.")
         elif path.stat().st_size == 0:
             raise InputError(f"{path} is empty (0 bytes); copy it again or remove it.")
         elif suffix_of(path) in ITK_SUFFIXES:
@@ -142,6 +140,5 @@ def _is_wide(path: Path) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    lines = [line for line in text.splitlines() if line.strip()]
-    return lines[-1].strip().rstrip(".")[-200:]
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text.rpartition("ERROR: ")[2].rstrip(".?")[:200]  # ITK tells where in its source it was first
