@@ -10,11 +10,12 @@ from omegaconf import OmegaConf
 
 from kernels.errors import InputError
 from tasks.common.samplers import EpochSampler
-from tasks.meningioma.augmentation import RandProjection, apply, augmentation, patches, projection_grid
+from tasks.meningioma.augmentation import apply, augmentation, patches
 from tasks.meningioma.cases import CaseSet
 from tasks.meningioma.data import load_cases
 from tasks.meningioma.loading import Augment, VolumeDataset, VolumeStore, make_loader, measure_loading
 from tasks.meningioma.preparation import SlidingWindow, WholeVolume
+from tasks.meningioma.spatial import RandSpatial, spatial_grid
 from tests.common.made_volumes import dice, write_pair
 
 CONFIG = Path(__file__).parents[2] / "conf" / "data" / "volumes.yaml"
@@ -114,31 +115,44 @@ def test_patches_hold_the_tumour_as_often_as_asked(cases: CaseSet) -> None:
 def test_a_projection_turns_shifts_and_tilts_as_stated() -> None:
     image = torch.rand(1, 1, 9, 9, 9)
     sample = torch.nn.functional.grid_sample
-    still = sample(image, projection_grid((9, 9, 9), (0, 0, 0), (0, 0, 0), (0, 0, 0)), align_corners=False)
+    still = sample(image, spatial_grid((9, 9, 9), (0, 0, 0), (0, 0, 0), (0, 0, 0)), align_corners=False)
     torch.testing.assert_close(still, image)
     for axis in range(3):
         turned = sample(
-            image, projection_grid((9, 9, 9), [np.pi / 2 * (k == axis) for k in range(3)], (0, 0, 0), (0, 0, 0)),
+            image, spatial_grid((9, 9, 9), [np.pi / 2 * (k == axis) for k in range(3)], (0, 0, 0), (0, 0, 0)),
             align_corners=False,
         )  # fmt: skip
         dims = [d + 2 for d in range(3) if d != axis]
         quarter = [torch.rot90(image, sign, dims) for sign in (1, -1)]
         assert min(float((turned - q).abs().max()) for q in quarter) < 1e-5
         shift = [2 / 9 * (k == axis) for k in range(3)]
-        moved = sample(image, projection_grid((9, 9, 9), (0, 0, 0), shift, (0, 0, 0)), align_corners=False)
+        moved = sample(image, spatial_grid((9, 9, 9), (0, 0, 0), shift, (0, 0, 0)), align_corners=False)
         torch.testing.assert_close(moved.narrow(axis + 2, 1, 8), image.narrow(axis + 2, 0, 8), atol=1e-5, rtol=0)
     # A quarter turn of a box that is not a cube keeps lengths in voxels.
     bar = torch.zeros(1, 1, 5, 21, 11)
     bar[..., 2, 10, :] = 1
-    grid = projection_grid((5, 21, 11), (np.pi / 2, 0, 0), (0, 0, 0), (0, 0, 0))
+    grid = spatial_grid((5, 21, 11), (np.pi / 2, 0, 0), (0, 0, 0), (0, 0, 0))
     assert sample(bar, grid, align_corners=False)[0, 0, 2, :, 5].sum() == pytest.approx(11, abs=1e-3)
-    grid = projection_grid((9, 9, 9), (0, 0, 0), (0, 0, 0), (0.1, 0, 0))[0]
+    grid = spatial_grid((9, 9, 9), (0, 0, 0), (0, 0, 0), (0.1, 0, 0))[0]
     x = (torch.arange(9) * 2 + 1) / 9 - 1
     torch.testing.assert_close(grid[:, 4, 4, 2], x / (1 + 0.1 * x))
 
 
+def test_zoom_and_deformation_do_what_they_say() -> None:
+    still = spatial_grid((6, 7, 8), (0, 0, 0), (0, 0, 0), (0, 0, 0))
+    twice = spatial_grid((6, 7, 8), (0, 0, 0), (0, 0, 0), (0, 0, 0), zoom=2.0)
+    torch.testing.assert_close(twice * 2, still)
+    same = np.full((7, 7, 7, 3), 0.25) * [1, 2, 3]  # equal control points: a translation, in the order D, H, W
+    moved = spatial_grid((6, 7, 8), (0, 0, 0), (0, 0, 0), (0, 0, 0), control=same)
+    torch.testing.assert_close(moved, still + torch.tensor([0.75, 0.5, 0.25]))
+    rng = np.random.default_rng(0)
+    bent = spatial_grid((40, 41, 42), (0, 0, 0), (0, 0, 0), (0, 0, 0), control=rng.uniform(-0.2, 0.2, (7, 7, 7, 3)))[0]
+    for axis in range(3):  # nothing folds: neighbours stay in order
+        assert (bent[..., 2 - axis].diff(dim=axis) > 0).all()
+
+
 def test_outside_has_the_lowest_intensity() -> None:
-    change = RandProjection(0, 0.4, 0, prob=1.0)
+    change = RandSpatial(shift=0.4, prob=1.0)
     change.set_random_state(0)
     item = {"image": torch.full((2, 8, 8, 8), -3.0), "label": torch.ones(1, 8, 8, 8, dtype=torch.uint8)}
     item["image"][1] = 5.0
