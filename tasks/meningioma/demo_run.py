@@ -26,7 +26,7 @@ def run(cfg: DictConfig, out: Path) -> dict[str, Any]:
         log.info("would make %d heads and train %s on them", settings.cases, cfg.network.name)
         return {}
     folder = None if settings.folder is None else Path(settings.folder)
-    place = make_heads(folder, settings.cases, settings.side, settings.seed)
+    place = make_heads(folder, cases=settings.cases, seed=settings.seed, side=settings.side)
     filled = OmegaConf.merge(cfg, {"data": {"path": str(place)}})
     assert isinstance(filled, DictConfig)
     return train.run(filled, out, _threshold)

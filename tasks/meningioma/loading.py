@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from monai.data import CacheDataset, PersistentDataset
@@ -22,6 +22,7 @@ from kernels.errors import InputError, unknown_name
 from tasks.common.files import cache_folder
 from tasks.common.progress import Bar, ProgressBars
 from tasks.common.samplers import EpochSampler
+from tasks.common.segmentation.batch import Batch
 from tasks.meningioma.augmentation import apply
 from tasks.meningioma.cases import Case, CaseSet
 from tasks.meningioma.checking import stamp_of
@@ -129,14 +130,6 @@ class VolumeStore:
             self.preparation.as_dict(),
         ]
         return hashlib.sha256(json.dumps(about).encode()).hexdigest().encode()
-
-
-class Batch(NamedTuple):
-    """Images (B, C, D, H, W) float32, classes (B, D, H, W) int64, positions in the data set (B,)."""
-
-    images: Tensor
-    target: Tensor
-    position: Tensor
 
 
 @dataclass(frozen=True)

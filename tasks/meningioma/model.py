@@ -71,7 +71,8 @@ def stored_inference(cfg: DictConfig, preparation: Preparation) -> dict[str, Any
     fields: dict[str, Any] = {name: settings[name] for name in ("overlap", "batch_size", "flips", "amp")}
     fields["flip_axes"] = plain(settings.flip_axes)
     fields["patch_size"] = list(seen_size(preparation)) if preparation.recipe == "sliding" else None
-    Inference(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+    given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+    Inference(**given)
     if settings.smallest_ml < 0:
         raise InputError(f"inference.smallest_ml={settings.smallest_ml} must be 0 or more.")
     cutoff = settings.cutoff

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from kernels.errors import InputError
 from tasks.common.crossval import Fold
-from tasks.common.files import atomic_path, write_json
+from tasks.common.files import write_json
 from tasks.common.results import AS_TEXT
 from tasks.common.segmentation.agreement import bland_altman
 from tasks.common.segmentation.growth import growth
@@ -155,7 +156,7 @@ def growth_table(cases: Sequence[Case], masks: dict[str, Path], level: float, se
     rows = []
     for patient, scans in dated.items():
         ordered = sorted(scans, key=lambda case: str(case.date))
-        for first, second in zip(ordered, ordered[1:], strict=False):
+        for first, second in itertools.pairwise(ordered):
             if first.date == second.date or first.date is None or second.date is None:
                 continue
             one, two = read_label(masks[first.case_id]), read_label(masks[second.case_id])

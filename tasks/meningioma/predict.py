@@ -181,5 +181,3 @@ def _print(table: pd.DataFrame, segmenter: Segmenter) -> None:
     if len(table) > 20:
         shown.add_row(f"... and {len(table) - 20} more")
     Console(width=None if sys.stdout.isatty() else 120).print(shown)
-
-

@@ -35,7 +35,9 @@ def find_scans(given: Any, channels: int = 1) -> list[Case]:
     scans: list[Case] = []
     for path in map(Path, map(str, paths)):
         if not path.exists():
-            raise InputError(f"input={path} does not exist; give a volume, a DICOM folder, a folder of those, or a CSV.")
+            raise InputError(
+                f"input={path} does not exist; give a volume, a DICOM folder, a folder of those, or a CSV."
+            )
         if path.suffix.lower() == ".csv":
             scans += _of_table(path)
         elif path.is_dir():

@@ -137,9 +137,7 @@ def _missing(value: float | None) -> bool:
     return value is None or math.isnan(value)
 
 
-def _figures(
-    folds: Sequence[Fold], table: pd.DataFrame, metrics: dict[str, Any], folder: Path
-) -> dict[str, Figure]:
+def _figures(folds: Sequence[Fold], table: pd.DataFrame, metrics: dict[str, Any], folder: Path) -> dict[str, Figure]:
     figures: dict[str, Figure] = {}
     with_reference = table[table["reference_ml"] > 0]
     if len(with_reference):

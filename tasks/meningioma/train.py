@@ -128,9 +128,7 @@ def _volume_class(ml: float, limit: float) -> str:
     return "none" if ml <= 0 else "small" if ml <= limit else "large"
 
 
-def cross_validate(
-    study: Study, cfg: DictConfig, current: Run, baseline: Baseline | None = None
-) -> dict[str, Any]:
+def cross_validate(study: Study, cfg: DictConfig, current: Run, baseline: Baseline | None = None) -> dict[str, Any]:
     """Train and test every fold that is not finished yet, then pool, report and mark the run as finished."""
     folder = current.folder
     if current.finished:
@@ -162,9 +160,7 @@ def cross_validate(
     return {**metrics, "folder": str(folder)}
 
 
-def run_fold(
-    study: Study, store: VolumeStore, fold: Fold, cfg: DictConfig, folder: Path, bars: ProgressBars
-) -> None:
+def run_fold(study: Study, store: VolumeStore, fold: Fold, cfg: DictConfig, folder: Path, bars: ProgressBars) -> None:
     """Train on one fold, keep the network, segment its test cases; ``metrics.json`` comes last."""
     seed = int(cfg.seed) * 10_007 + fold.index
     torch.manual_seed(seed)
@@ -185,9 +181,7 @@ def _train(
     crop = patches(size, cfg.augment.patches_per_volume, cfg.augment.foreground) if sliding else None
     augment = Augment(crop, augmentation(cfg.augment.name, cfg.augment.strength))
     sampler = EpochSampler(len(fold.train), seed, None)
-    loader = make_loader(
-        VolumeDataset(fold.train, store, augment), cfg.training.batch_size, sampler, cfg.data.workers
-    )
+    loader = make_loader(VolumeDataset(fold.train, store, augment), cfg.training.batch_size, sampler, cfg.data.workers)
     held = make_loader(VolumeDataset(fold.val, store), 1, None, cfg.data.workers) if fold.val else None
     how = study.description.how()
 
@@ -269,5 +263,10 @@ def _test(study: Study, store: VolumeStore, fold: Fold, cfg: DictConfig, folder:
     training = segmenter.description.training
     write_json(
         folder / "metrics.json",
-        {"epoch": training.get("epoch"), "cutoff": cut.cutoff, "dice": float(table["dice"].mean()), "cases": len(table)},
+        {
+            "epoch": training.get("epoch"),
+            "cutoff": cut.cutoff,
+            "dice": float(table["dice"].mean()),
+            "cases": len(table),
+        },
     )

@@ -165,8 +165,6 @@ def sliding_logits(model: nn.Module, image: Tensor, how: Inference) -> Tensor:
     from monai.inferers.utils import sliding_window_inference
 
     assert how.patch_size is not None
-    out = sliding_window_inference(
-        image, how.patch_size, how.batch_size, model, overlap=how.overlap, mode="gaussian"
-    )
+    out = sliding_window_inference(image, how.patch_size, how.batch_size, model, overlap=how.overlap, mode="gaussian")
     assert isinstance(out, Tensor)
     return out
