@@ -103,13 +103,13 @@ def load_images(settings: DictConfig) -> ImageSet2D:
         raise InputError("data.path is not set; give the folder of the images and masks, or a CSV: data.path=FOLDER.")
     path = Path(settings.path)
     if not path.exists():
-        raise InputError(f"data.path={path} does not exist; give a folder with images and masks, or a CSV (image, mask).")
+        raise InputError(f"data.path={path} does not exist; give a folder of images and masks, or a CSV.")
     labels = None if settings.labels is None else OmegaConf.to_container(settings.labels)
     if labels is not None and not isinstance(labels, dict):
         raise InputError(f"data.labels={labels} must be {{NAME: VALUE, ...}}.")
     coding = coding_of(labels, settings.threshold)  # type: ignore[arg-type]
     if path.is_file() and settings.preset != "folders":
-        raise InputError(f"data.path={path} is a file; a CSV goes with data.preset=folders, {settings.preset} is a folder.")
+        raise InputError(f"data.path={path} is a file; a CSV goes with data.preset=folders.")
     if path.is_file():
         found = read_table_of_images(path, settings, coding)
     elif settings.preset == "folders":

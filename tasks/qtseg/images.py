@@ -31,7 +31,7 @@ class MaskPixels:
     """A mask as it is in its file.
 
     Attributes:
-        array: (H, W) or (H, W, 3) integers or bool. A palette of colours gives the indices, a palette of greys the greys.
+        array: (H, W) or (H, W, 3) integers or bool. A palette of colours gives indices, a palette of greys the greys.
         colours: (H, W, 3) uint8 where ``array`` holds the indices of a colour palette, else None.
         lossy: it went through JPEG, so that its values are about, not exactly, what was drawn.
     """
@@ -75,7 +75,9 @@ def read_mask(path: Path) -> MaskPixels:
     if array.ndim == 3 and array.shape[2] in (3, 4):
         array = _grey_if_equal(array[..., :3])
     elif array.ndim != 2:
-        raise InputError(f"{path} holds an array of shape {array.shape}; a mask has height and width, and colours at most.")
+        raise InputError(
+            f"{path} holds an array of shape {array.shape}; a mask has height and width, and colours at most."
+        )
     if min(array.shape) == 0:
         raise InputError(f"{path} has no pixels.")
     return MaskPixels(array, palette[0] if palette else None, path.suffix.lower() in LOSSY)

@@ -20,7 +20,18 @@ from tasks.qtseg.images import IMAGE_SUFFIXES, MASK_SUFFIXES
 from tasks.qtseg.masks import MaskCoding
 
 _IMAGE_FOLDERS = ("images", "image", "imgs", "img", "inputs", "input", "original", "data")
-_MASK_FOLDERS = ("masks", "mask", "labels", "label", "targets", "target", "ground truth", "groundtruth", "gt", "annotations")
+_MASK_FOLDERS = (
+    "masks",
+    "mask",
+    "labels",
+    "label",
+    "targets",
+    "target",
+    "ground truth",
+    "groundtruth",
+    "gt",
+    "annotations",
+)
 _FOV_FOLDERS = ("fov", "fovs", "roi")
 _USUAL_SUFFIX = re.compile(
     r"[_\-. ](mask|masks|seg|segmentation|label|labels|gt|groundtruth|target|annotation|manual1?)([_\-. ]?\d+)?$", re.I
@@ -59,7 +70,9 @@ def read_folders(root: Path, settings: DictConfig, coding: MaskCoding) -> ImageS
             sides = {"train": sides["train"], "test": sides["val"]}
             notes.append("there is no test folder: the results are those of the validation folder.")
         if "test" not in sides:
-            raise InputError(f"{root} has a train folder but neither test nor val; add one, or set data.path={root}/train.")
+            raise InputError(
+                f"{root} has a train folder but neither test nor val; add one, or set data.path={root}/train."
+            )
         places = [_place(folder, side) for side, folder in sides.items()]
     else:
         places = [_place(root, None)]
@@ -139,13 +152,12 @@ def read_table_of_images(path: Path, settings: DictConfig, coding: MaskCoding) -
         where = f"{path} row {number}"
         given = {key: str(row[columns[key]]) if key in columns else "" for key in ("patient", "split", "id", "stratum")}
         faults = len(problems)
+        named = {"image": image_column, "mask": mask_column, "fov": columns.get("fov"), "second": columns.get("second")}
         files = {
             key: [_inside(root, part.strip(), where, problems) for part in str(row[column]).split("|") if part.strip()]
-            for key, column in (
-                ("image", image_column), ("mask", mask_column), ("fov", columns.get("fov")), ("second", columns.get("second"))
-            )
+            for key, column in named.items()
             if column
-        }  # fmt: skip
+        }
         if not files["image"] or not files["mask"]:
             problems.append(f"{where} has no image or no mask.")
         word = given["split"].lower()
@@ -219,7 +231,9 @@ def _place(root: Path, split: str | None) -> Place:
     images, masks = first(_IMAGE_FOLDERS), first(_MASK_FOLDERS)
     if (images is None) != (masks is None):
         there, what = (images, "masks") if images else (masks, "images")
-        raise InputError(f"{root} has a folder {there.name if there else ''} but none called {what}; add it, or use a CSV.")
+        raise InputError(
+            f"{root} has a folder {there.name if there else ''} but none called {what}; add it, or use a CSV."
+        )
     if images is None or masks is None:
         return Place(root, root, None, split)
     return Place(images, masks, first(_FOV_FOLDERS), split)

@@ -78,7 +78,9 @@ class MaskCoding:
     def _greys(self, mask: MaskPixels, path: Path) -> Labels:
         array = mask.array
         if array.ndim == 3:
-            raise InputError(f"{path} is in colour, but data.labels names grey levels; give colours, such as [255, 0, 0].")
+            raise InputError(
+                f"{path} is in colour, but data.labels names grey levels; give colours, such as [255, 0, 0]."
+            )
         wanted = np.array(self.values, np.int64)
         if mask.lossy:
             return _nearest(array[..., None].astype(np.float32), wanted[:, None].astype(np.float32))
@@ -100,8 +102,8 @@ class MaskCoding:
         labels = order[place].astype(np.uint8)
         if bool((unknown := wanted[labels] != codes).any()):
             raise InputError(
-                f"{path} holds values that data.labels does not name ({_counted(codes[unknown], colour)}); name them or "
-                "correct the mask."
+                f"{path} holds values that data.labels does not name ({_counted(codes[unknown], colour)}); name them "
+                "or correct the mask."
             )
         return labels
 
@@ -147,7 +149,9 @@ def coding_of(labels: Mapping[str, Any] | None, threshold: int | None) -> MaskCo
     if len(classes) > 255:
         raise InputError(f"data.labels names {len(classes)} classes; 255 are possible.")
     if len(set(written)) < len(written):
-        raise InputError(f"data.labels={dict(labels)} gives two classes one value; the background is {background} unless named.")
+        raise InputError(
+            f"data.labels={dict(labels)} gives two classes one value; the background is {background} unless named."
+        )
     return MaskCoding("colours" if colour else "greys", classes, written)
 
 
@@ -161,7 +165,9 @@ def read_labels(paths: tuple[Path, ...], coding: MaskCoding) -> Labels:
     for path in paths:
         labels = coding.decode(read_mask(path), path)
         if merged is not None and labels.shape != merged.shape:
-            raise InputError(f"{path} is {_size(labels)}, but {paths[0].name}, a mask of the same image, {_size(merged)}.")
+            raise InputError(
+                f"{path} is {_size(labels)}, but {paths[0].name}, a mask of the same image, {_size(merged)}."
+            )
         merged = labels if merged is None else np.maximum(merged, labels)
     assert merged is not None
     return merged
@@ -172,7 +178,9 @@ def _value(name: str, value: Any) -> int | tuple[int, int, int]:
         return value
     if isinstance(value, list | tuple) and len(value) == 3 and all(isinstance(v, int) and 0 <= v <= 255 for v in value):
         return int(value[0]), int(value[1]), int(value[2])
-    raise InputError(f"data.labels.{name}={value} must be a grey level (0 to 65535) or [red, green, blue] (0 to 255 each).")
+    raise InputError(
+        f"data.labels.{name}={value} must be a grey level (0 to 65535) or [red, green, blue] (0 to 255 each)."
+    )
 
 
 def _packed(colours: NDArray[Any]) -> NDArray[np.int64]:

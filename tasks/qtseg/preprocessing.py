@@ -164,7 +164,8 @@ class Preprocessing:
         names = {field.name for field in fields(cls)}
         if set(content) != names:
             raise InputError(f"the preprocessing of this checkpoint has {sorted(content)}, not {sorted(names)}.")
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in content.items()})
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in content.items()}
+        return cls(**values)
 
     @property
     def channels(self) -> int:
@@ -204,7 +205,7 @@ class Preprocessing:
         original = (int(labels.shape[0]), int(labels.shape[1]))
         used, full = self.sizes(original)
         if used != original:
-            labels = cv2.resize(labels.astype(np.uint8), used[::-1], interpolation=cv2.INTER_NEAREST)
+            labels = np.asarray(cv2.resize(labels, used[::-1], interpolation=cv2.INTER_NEAREST), np.uint8)
         padded = np.zeros(full, np.uint8)
         padded[: used[0], : used[1]] = labels
         return padded

@@ -26,7 +26,11 @@ Preset = Callable[[Path, DictConfig, MaskCoding], ImageSet2D]
 def isic2016(root: Path, settings: DictConfig, coding: MaskCoding) -> ImageSet2D:
     """ISIC 2016, task 1, skin lesions: 900 training and 379 test images (Gutman et al., arXiv 1605.01397)."""
     parts = [
-        (side, _folder(root, f"ISBI2016_ISIC_Part1_{name}_Data"), _folder(root, f"ISBI2016_ISIC_Part1_{name}_GroundTruth"))
+        (
+            side,
+            _folder(root, f"ISBI2016_ISIC_Part1_{name}_Data"),
+            _folder(root, f"ISBI2016_ISIC_Part1_{name}_GroundTruth"),
+        )
         for side, name in (("train", "Training"), ("test", "Test"))
     ]
     if not any(images or masks for _, images, masks in parts):
@@ -34,7 +38,9 @@ def isic2016(root: Path, settings: DictConfig, coding: MaskCoding) -> ImageSet2D
     samples, problems = [], []
     for side, images, masks in parts:
         if images is None or masks is None:
-            problems.append(f"{root} lacks ISBI2016_ISIC_Part1_{'Training' if side == 'train' else 'Test'}_Data or _GroundTruth.")
+            problems.append(
+                f"{root} lacks ISBI2016_ISIC_Part1_{'Training' if side == 'train' else 'Test'}_Data or _GroundTruth."
+            )
             continue
         found, missing = pair(Place(images, masks, None, side), "_Segmentation", settings.patient_pattern)
         samples += [_unprefixed(sample, f"{side}_") for sample in found]
@@ -70,7 +76,9 @@ def bkai(root: Path, settings: DictConfig, coding: MaskCoding) -> ImageSet2D:
     """
     classes = ("background", "polyp") if settings.polyps == "one" else ("background", "non-neoplastic", "neoplastic")
     if settings.polyps not in ("one", "both"):
-        raise InputError(f"data.polyps={settings.polyps} is not known; use one (polyp) or both (non-neoplastic, neoplastic).")
+        raise InputError(
+            f"data.polyps={settings.polyps} is not known; use one (polyp) or both (non-neoplastic, neoplastic)."
+        )
     hues = MaskCoding("hues", classes)
     # The archive holds every folder in another of the same name.
     images, masks = (_folder(root, f"{name}/{name}") or _folder(root, name) for name in ("train", "train_gt"))
@@ -91,7 +99,9 @@ def dsb2018(root: Path, settings: DictConfig, coding: MaskCoding) -> ImageSet2D:
     for case in cases:
         images, masks = (files_below(case / name, IMAGE_SUFFIXES) for name in ("images", "masks"))
         if len(images) != 1 or not masks:
-            problems.append(f"{case} holds {len(images)} images and {len(masks)} masks; one image and its masks are expected.")
+            problems.append(
+                f"{case} holds {len(images)} images and {len(masks)} masks; one image and its masks are expected."
+            )
             continue
         case_id = safe_id(case.name, str(case))
         samples.append(Sample(case_id, images[0], tuple(masks), patient=case_id))
@@ -124,7 +134,9 @@ def drive(root: Path, settings: DictConfig, coding: MaskCoding) -> ImageSet2D:
         if folder is None:
             return _expect(read_folders(root, settings, coding), {"train": 20, "test": 20})
         if not (folder / "1st_manual").is_dir():
-            problems.append(f"{folder} has no folder 1st_manual; some copies of DRIVE lack the test masks, get them too.")
+            problems.append(
+                f"{folder} has no folder 1st_manual; some copies of DRIVE lack the test masks, get them too."
+            )
             continue
         for image in files_below(folder / "images", IMAGE_SUFFIXES):
             number = image.stem.partition("_")[0]
@@ -159,7 +171,9 @@ def chase(root: Path, settings: DictConfig, coding: MaskCoding) -> ImageSet2D:
         child = image.stem[6:-1]
         second = (masks[1],) if masks[1] else ()
         side = "train" if int(child) <= 10 else "test"
-        samples.append(Sample(safe_id(image.stem, str(image)), image, (masks[0],), None, f"child_{child}", side, second))
+        samples.append(
+            Sample(safe_id(image.stem, str(image)), image, (masks[0],), None, f"child_{child}", side, second)
+        )
     return _expect(_result(samples, problems, coding), {"train": 20, "test": 8})
 
 
@@ -211,7 +225,9 @@ def _folder(root: Path, name: str) -> Path | None:
 
 
 def _one(folder: Path, stem: str) -> Path | None:
-    return next((folder / f"{stem}{suffix}" for suffix in IMAGE_SUFFIXES if (folder / f"{stem}{suffix}").is_file()), None)
+    return next(
+        (folder / f"{stem}{suffix}" for suffix in IMAGE_SUFFIXES if (folder / f"{stem}{suffix}").is_file()), None
+    )
 
 
 def _unprefixed(sample: Sample, prefix: str) -> Sample:
