@@ -19,7 +19,7 @@ from tasks.qtseg.data import SIDES, ImageSet2D, Sample, listed
 from tasks.qtseg.images import IMAGE_SUFFIXES, MASK_SUFFIXES
 from tasks.qtseg.masks import MaskCoding
 
-_IMAGE_FOLDERS = ("images", "image", "imgs", "img", "inputs", "input", "original", "data")
+_IMAGE_FOLDERS = ("images", "image", "imgs", "img", "inputs", "input", "original")
 _MASK_FOLDERS = (
     "masks",
     "mask",
@@ -118,7 +118,8 @@ def pair(place: Place, suffix: str | None = None, patient_pattern: str | None = 
             orphans.append(file.name)
     lonely = [file.name for key, file in by_key.items() if key not in found]
     if lonely:
-        problems.append(f"{_have(lonely, 'image')} in {place.images} no mask in {place.masks}: {quoted(lonely)}.")
+        hint = " Masks that are called otherwise need data.mask_suffix." if orphans or together else ""
+        problems.append(f"{_have(lonely, 'image')} in {place.images} no mask in {place.masks}: {quoted(lonely)}.{hint}")
     if orphans:
         problems.append(f"{_have(orphans, 'mask')} in {place.masks} no image in {place.images}: {quoted(orphans)}.")
     fovs = {} if place.fov is None else {_key(f, place.fov): f for f in files_below(place.fov, MASK_SUFFIXES)}
