@@ -63,7 +63,7 @@ class Item:
     Attributes:
         image: (C, h, w) float32 in [0, 255].
         label: (h, w) uint8 class indices.
-        flags: (n, h, w) uint8 masks, such as the field of view.
+        flags: (n, h, w) uint8 masks of 0 and 1, such as the field of view; 16 at most.
     """
 
     image: Tensor
@@ -137,9 +137,12 @@ def _sampled(item: Item, geometry: _Geometry) -> Item:
         )
     grid = _grid(geometry, tuple(item.label.shape))
     image = F.grid_sample(item.image[None], grid, "bilinear", "zeros", align_corners=False)[0]
-    flat = torch.cat([item.label[None], item.flags]).float()[None]
-    moved = F.grid_sample(flat, grid, "nearest", "zeros", align_corners=False)[0].to(torch.uint8)
-    return Item(image, moved[0], moved[1:])
+    # Label and flags as one whole number, which float32 holds exactly, are one look-up instead of several.
+    places = 256 << torch.arange(len(item.flags), dtype=torch.int32)[:, None, None]
+    packed = item.label.int() + (item.flags.int() * places).sum(0, dtype=torch.int32)
+    moved = F.grid_sample(packed.float()[None, None], grid, "nearest", "zeros", align_corners=False)[0].int()
+    flags = (moved & places) > 0
+    return Item(image, (moved[0] & 255).to(torch.uint8), flags.to(torch.uint8))
 
 
 def _grid(geometry: _Geometry, size: tuple[int, ...]) -> Tensor:

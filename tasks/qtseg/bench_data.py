@@ -71,7 +71,7 @@ def one_resampling(size: int = 512, count: int = 8) -> BenchRow:
             now = one(now, rng)
         return now
 
-    calls = {
+    calls: dict[str, Callable[[], object]] = {
         "ours": lambda: [every(item, np.random.default_rng(i)) for i in range(count)],
         "chain": lambda: [chain(np.random.default_rng(i)) for i in range(count)],
     }

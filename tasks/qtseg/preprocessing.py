@@ -230,8 +230,10 @@ class Preprocessing:
         """
         if self.normalise == "minmax":
             low, high = torch.aminmax(image)
-            span = high - low
-            return (image - low) * (2 / span) - 1 if span > 0 else torch.zeros_like(image)
+            if high == low:
+                return torch.zeros_like(image)
+            scale = 2 / (high - low)
+            return image.mul(scale).add_(-1 - low * scale)
         if self.normalise == "zscore":
             weight = inside.float()
             count = weight.sum().clamp(min=1)
