@@ -63,7 +63,7 @@ class Item:
     Attributes:
         image: (C, h, w) float32 in [0, 255].
         label: (h, w) uint8 class indices.
-        flags: (n, h, w) uint8 masks of 0 and 1, such as the field of view; 16 at most.
+        flags: (n, h, w) uint8 masks, such as the field of view.
     """
 
     image: Tensor
@@ -137,12 +137,9 @@ def _sampled(item: Item, geometry: _Geometry) -> Item:
         )
     grid = _grid(geometry, tuple(item.label.shape))
     image = F.grid_sample(item.image[None], grid, "bilinear", "zeros", align_corners=False)[0]
-    # Label and flags as one whole number, which float32 holds exactly, are one look-up instead of several.
-    places = 256 << torch.arange(len(item.flags), dtype=torch.int32)[:, None, None]
-    packed = item.label.int() + (item.flags.int() * places).sum(0, dtype=torch.int32)
-    moved = F.grid_sample(packed.float()[None, None], grid, "nearest", "zeros", align_corners=False)[0].int()
-    flags = (moved & places) > 0
-    return Item(image, (moved[0] & 255).to(torch.uint8), flags.to(torch.uint8))
+    flat = torch.cat([item.label[None], item.flags]).float()[None]
+    moved = F.grid_sample(flat, grid, "nearest", "zeros", align_corners=False)[0].to(torch.uint8)
+    return Item(image, moved[0], moved[1:])
 
 
 def _grid(geometry: _Geometry, size: tuple[int, ...]) -> Tensor:
@@ -152,14 +149,16 @@ def _grid(geometry: _Geometry, size: tuple[int, ...]) -> Tensor:
         # The bend was drawn in the frame that ``matrix`` maps to the image: it shifts p before the matrix is applied.
         inverse = np.linalg.inv(matrix) @ geometry.matrix
         at = _affine_grid(inverse, height, width)
-        field_ = F.grid_sample(shifts[None], at, "bilinear", "border", align_corners=True)[0]
-        grid = grid + torch.einsum("ij,jhw->hwi", torch.from_numpy(matrix[:2, :2]).float(), field_)[None]
+        turned = torch.einsum("ij,jhw->ihw", torch.from_numpy(matrix[:2, :2]).float(), shifts)
+        grid += F.grid_sample(turned[None], at, "bilinear", "border", align_corners=True).permute(0, 2, 3, 1)
     return grid
 
 
 def _affine_grid(matrix: Matrix, height: int, width: int) -> Tensor:
-    theta = torch.from_numpy(matrix[:2]).float()[None]
-    return F.affine_grid(theta, [1, 1, height, width], align_corners=False)
+    """What ``F.affine_grid`` gives, (1, h, w, 2), as the sum of a row and a column, in a fifth of its time."""
+    theta = torch.from_numpy(matrix[:2]).float()
+    x, y = ((torch.arange(side, dtype=torch.float32) * 2 + 1) / side - 1 for side in (width, height))
+    return ((x[:, None] * theta[:, 0])[None] + (y[:, None] * theta[:, 1] + theta[:, 2])[:, None])[None]
 
 
 def _flip_vertical(geometry: _Geometry, rng: Generator, _strength: float) -> None:

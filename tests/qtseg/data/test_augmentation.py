@@ -8,7 +8,17 @@ import pytest
 import torch
 
 from kernels.errors import InputError
-from tasks.qtseg.augmentation import GEOMETRIC, PHOTOMETRIC, POLICIES, Augmentation, Item, _Geometry, _sampled, named
+from tasks.qtseg.augmentation import (
+    GEOMETRIC,
+    PHOTOMETRIC,
+    POLICIES,
+    Augmentation,
+    Item,
+    _affine_grid,
+    _Geometry,
+    _sampled,
+    named,
+)
 
 
 def item(size: tuple[int, int] = (40, 56), channels: int = 3) -> Item:
@@ -73,6 +83,14 @@ def test_rotations_are_those_of_pixels_in_oblong_images() -> None:
     out = _sampled(Item(label[None].float(), label, label[None]), geometry)
     rows, columns = torch.nonzero(out.label, as_tuple=True)
     assert (int(rows.min()), int(rows.max()), int(columns.min()), int(columns.max())) == (15, 44, 40, 49)
+
+
+def test_the_grid_is_that_of_torch() -> None:
+    matrix = np.array([[0.9, -0.3, 0.1], [0.2, 1.1, -0.4], [0, 0, 1]])
+    for size in ((5, 8), (1, 1), (31, 2)):
+        theta = torch.from_numpy(matrix[:2]).float()[None]
+        expected = torch.nn.functional.affine_grid(theta, [1, 1, *size], align_corners=False)
+        torch.testing.assert_close(_affine_grid(matrix, *size), expected, atol=1e-6, rtol=0)
 
 
 def test_operations_put_together_equal_one_after_the_other() -> None:
