@@ -22,7 +22,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".pp
 MASK_SUFFIXES = (*IMAGE_SUFFIXES, ".npy")
 LOSSY = (".jpg", ".jpeg")
 Pixels = NDArray[Any]
-_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM")
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF")
 _LARGEST = 178_956_970  # pixels; what is larger is a slide
 
 
@@ -91,7 +91,7 @@ def _decoded(path: Path, of_pillow: Callable[[Path], Pixels]) -> Pixels:
         suffix = path.suffix.lower()
         if suffix == ".npy":
             return np.asarray(np.load(path, allow_pickle=False))
-        return _read_tiff(path) if suffix in (".tif", ".tiff") else of_pillow(path)
+        return _read_tiff(path, of_pillow) if suffix in (".tif", ".tiff") else of_pillow(path)
     except InputError:
         raise
     except FileNotFoundError:
@@ -110,6 +110,8 @@ def _image_of_pillow(path: Path) -> Pixels:
         if upright.mode == "P":
             greys = _greys_of_palette(upright)
             return greys if greys is not None else np.asarray(upright.convert("RGBA").convert("RGB"))
+        if upright.mode == "I":  # PGM of more than 8 bits
+            return np.asarray(upright).astype(np.uint16)
         if upright.mode in ("1", "L", "LA", "I;16", "RGB", "RGBA"):
             return np.asarray(upright)
         return np.asarray(upright.convert("RGB"))
@@ -159,15 +161,14 @@ def _grey_if_equal(array: Pixels) -> Pixels:
     return np.ascontiguousarray(first) if same else array
 
 
-def _read_tiff(path: Path) -> Pixels:
+def _read_tiff(path: Path, of_pillow: Callable[[Path], Pixels]) -> Pixels:
     with tifffile.TiffFile(path) as file:
         if len(file.pages) > 1:
             raise InputError(f"{path} holds {len(file.pages)} pages; give one image per file.")
         page = file.pages.first
         _check_size(path, page.imagewidth, page.imagelength)
         if page.photometric == tifffile.PHOTOMETRIC.PALETTE:
-            with Image.open(path) as image:
-                return np.asarray(image.convert("RGB"))
+            return of_pillow(path)
         array = np.asarray(page.asarray())
         if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and array.dtype.kind == "u":
             array = np.iinfo(array.dtype).max - array

@@ -80,6 +80,11 @@ def make_images(
     return folder / "images.csv"
 
 
+def class_name(kind: str) -> str:
+    """What the foreground of a kind is, such as ``lesion``."""
+    return "structure" if kind == "mix" else _PAINTERS[kind][1]
+
+
 def paint(kind: str, index: int, side: int = 128, seed: int = 7) -> Picture:
     """Picture number ``index`` of a kind (not ``mix``)."""
     painter, _ = _PAINTERS[kind]

@@ -12,7 +12,7 @@ from kernels.errors import InputError
 from tasks.qtseg import bench_data
 from tasks.qtseg.checking import check_set
 from tasks.qtseg.data import ImageSet2D, folds_of
-from tasks.qtseg.demo import make_images
+from tasks.qtseg.demo import class_name, make_images
 from tasks.qtseg.demo.baseline import dice_of_rules, histograms, otsu, threshold_baseline
 from tasks.qtseg.demo.make import paint
 from tasks.qtseg.loading import Store
@@ -48,6 +48,8 @@ def test_a_set_is_made_once_and_read_like_any_other(tmp_path: Path) -> None:
     images = load(table)
     found = check_set(images, Store(Preprocessing((64, 64)), images.coding))
     assert len(images.samples) == 12 and not found.notes
+    assert load(table, labels={class_name("mix"): 255}).classes == ("background", "structure")
+    assert class_name("nuclei") == "nucleus"
     assert {s.stratum for s in images.samples} == {"lesions", "nuclei", "vessels"}
     assert len({s.patient for s in images.samples}) == 6 and all(s.fov for s in images.samples)
 

@@ -43,6 +43,12 @@ def test_sixteen_bits_keep_their_depth(suffix: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_mask(tmp_path / f"grey{suffix}").array, DEEP)
 
 
+def test_a_deep_pgm_keeps_its_depth(tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "a.pgm"), DEEP)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.pgm"), DEEP[..., None])
+    np.testing.assert_array_equal(read_mask(tmp_path / "a.pgm").array, DEEP)
+
+
 @pytest.mark.parametrize("suffix", [".png", ".tif", ".bmp"])
 def test_one_bit_is_a_mask_and_a_black_and_white_image(suffix: str, tmp_path: Path) -> None:
     Image.fromarray(FLAGS).save(tmp_path / f"a{suffix}")
@@ -55,12 +61,13 @@ def test_a_palette_gives_indices_and_colours_but_greys_where_all_are_grey(tmp_pa
     picture = Image.fromarray(indices, mode=None)
     picture = picture.convert("P")
     picture.putpalette([0, 0, 0, 200, 0, 0, 0, 200, 0])
-    picture.save(tmp_path / "colours.png")
-    mask = read_mask(tmp_path / "colours.png")
-    np.testing.assert_array_equal(mask.array, indices)
-    assert mask.colours is not None
-    np.testing.assert_array_equal(mask.colours[indices == 1][0], [200, 0, 0])
-    assert read_image(tmp_path / "colours.png").shape == (20, 30, 3)
+    for name in ("colours.png", "colours.tif", "colours.gif", "colours.bmp"):
+        picture.save(tmp_path / name)
+        mask = read_mask(tmp_path / name)
+        np.testing.assert_array_equal(mask.array, indices)
+        assert mask.colours is not None
+        np.testing.assert_array_equal(mask.colours[indices == 1][0], [200, 0, 0])
+        assert read_image(tmp_path / name).shape == (20, 30, 3)
     picture.putpalette([255, 255, 255, 0, 0, 0, 9, 9, 9])
     picture.save(tmp_path / "greys.gif")
     np.testing.assert_array_equal(read_mask(tmp_path / "greys.gif").array, np.array([255, 0, 9])[indices])

@@ -96,6 +96,13 @@ def test_folders_that_are_no_set_are_one_sentence(change: Any, sentence: str, tm
         load(tmp_path / "set")
 
 
+def test_names_that_run_together_are_refused(tmp_path: Path) -> None:
+    for below in ("a_b/c", "a/b_c"):
+        write_pairs(tmp_path, [below])
+    with pytest.raises(InputError, match="'a_b_c' name more than one image"):
+        load(tmp_path)
+
+
 def test_missing_options_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"data.path is not set"):
         load(None)
