@@ -108,6 +108,8 @@ def load_images(settings: DictConfig) -> ImageSet2D:
     if labels is not None and not isinstance(labels, dict):
         raise InputError(f"data.labels={labels} must be {{NAME: VALUE, ...}}.")
     coding = coding_of(labels, settings.threshold)  # type: ignore[arg-type]
+    if path.is_file() and path.suffix.lower() not in (".csv", ".tsv", ".txt"):
+        raise InputError(f"data.path={path} is no CSV; give a folder of images and masks, or a CSV.")
     if path.is_file() and settings.preset != "folders":
         raise InputError(f"data.path={path} is a file; a CSV goes with data.preset=folders.")
     if path.is_file():

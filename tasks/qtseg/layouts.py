@@ -119,12 +119,14 @@ def pair(place: Place, suffix: str | None = None, patient_pattern: str | None = 
     lonely = [file.name for key, file in by_key.items() if key not in found]
     if lonely:
         hint = " Masks that are called otherwise need data.mask_suffix." if orphans or together else ""
-        problems.append(f"{_have(lonely, 'image')} in {place.images} no mask in {place.masks}: {quoted(lonely)}.{hint}")
+        where = "in the same folder" if together else f"in {place.masks}"
+        problems.append(f"{_have(lonely, 'image', place.images)} no mask {where}: {quoted(lonely)}.{hint}")
     if orphans:
-        problems.append(f"{_have(orphans, 'mask')} in {place.masks} no image in {place.images}: {quoted(orphans)}.")
+        where = "in the same folder" if together else f"in {place.images}"
+        problems.append(f"{_have(orphans, 'mask', place.masks)} no image {where}: {quoted(orphans)}.")
     fovs = {} if place.fov is None else {_key(f, place.fov): f for f in files_below(place.fov, MASK_SUFFIXES)}
     if place.fov is not None and (without := [k for k in found if k not in fovs]):
-        problems.append(f"{_have(without, 'image')} no field of view in {place.fov}: {quoted(without)}.")
+        problems.append(f"{_have(without, 'image', place.images)} no field of view in {place.fov}: {quoted(without)}.")
     samples = []
     for key, paths in found.items():
         name = f"{place.split}_{key}" if place.split else key
@@ -229,6 +231,12 @@ def _place(root: Path, split: str | None) -> Place:
     def first(names: Iterable[str]) -> Path | None:
         return next((by_name[name] for name in names if name in by_name), None)
 
+    # DRIVE's folder called mask holds fields of view, which must not be learnt as if they were vessels.
+    if "1st_manual" in by_name:
+        raise InputError(f"{root} is arranged as DRIVE is; set data.preset=drive, or name the files in a CSV.")
+    several = [name for name in _MASK_FOLDERS if name in by_name]
+    if len(several) > 1:
+        raise InputError(f"{root} has the folders {quoted(several)}, any of which may hold the masks; use a CSV.")
     images, masks = first(_IMAGE_FOLDERS), first(_MASK_FOLDERS)
     if (images is None) != (masks is None):
         there, what = (images, "masks") if images else (masks, "images")
@@ -248,8 +256,8 @@ def _key(file: Path, folder: Path) -> str:
     return file.relative_to(folder).with_suffix("").as_posix()
 
 
-def _have(names: Sequence[str], word: str) -> str:
-    return f"1 {word} has" if len(names) == 1 else f"{len(names)} {word}s have"
+def _have(names: Sequence[str], word: str, folder: Path) -> str:
+    return f"1 {word} in {folder} has" if len(names) == 1 else f"{len(names)} {word}s in {folder} have"
 
 
 def _inside(root: Path, path: str, where: str, problems: list[str]) -> Path:

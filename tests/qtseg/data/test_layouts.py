@@ -46,7 +46,7 @@ def test_masks_with_numbers_belong_to_one_image(tmp_path: Path) -> None:
 
 def test_a_suffix_may_be_given(tmp_path: Path) -> None:
     write_pairs(tmp_path, ["a", "b"], "images", "masks", "_lesion")
-    with pytest.raises(InputError, match=r"2 images have .* no mask"):
+    with pytest.raises(InputError, match=r"2 images in .*images have no mask in .*masks"):
         load(tmp_path)
     assert len(load(tmp_path, mask_suffix="_lesion").samples) == 2
 
@@ -81,10 +81,12 @@ def test_train_val_and_test_folders_are_the_split(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda root: (root / "masks" / "a.png").unlink(), r"1 image has in .*images no mask in .*masks: 'a.png'"),
-        (lambda root: (root / "images" / "a.png").unlink(), r"1 mask has in .* no image in"),
+        (lambda root: (root / "masks" / "a.png").unlink(), r"1 image in .*images has no mask in .*masks: 'a.png'"),
+        (lambda root: (root / "images" / "a.png").unlink(), r"1 mask in .*masks has no image in"),
         (lambda root: shutil.rmtree(root / "masks"), "has a folder images but none called masks"),
         (lambda root: shutil.rmtree(root), "does not exist"),
+        (lambda root: (root / "1st_manual").mkdir(), "set data.preset=drive"),
+        (lambda root: (root / "labels").mkdir(), "any of which may hold the masks"),
         (lambda root: shutil.copy(root / "images" / "a.png", root / "images" / "a.bmp"), "two images of one name"),
         (lambda root: [p.unlink() for p in root.rglob("*.png")], "holds no image"),
     ],
@@ -108,6 +110,8 @@ def test_missing_options_are_one_sentence(tmp_path: Path) -> None:
         load(None)
     with pytest.raises(InputError, match="Did you mean 'isic2016'"):
         load(tmp_path, preset="isic2017")
+    with pytest.raises(InputError, match="is no CSV"):
+        load(save(tmp_path / "a.png", blob(0)[0]))
 
 
 def table(root: Path, header: str, *rows: str) -> Path:
