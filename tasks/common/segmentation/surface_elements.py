@@ -35,7 +35,7 @@ def element_sizes(spacing: tuple[float, ...]) -> Floats:
         spacing: (3,) or (2,) distance of neighbouring voxels in mm. A code has one bit per corner, the first axis
             slowest and the highest bit first: corner (0, 0, 0) is bit 7 and corner (1, 1, 1) bit 0.
 
-    >>> element_sizes((1.0, 1.0, 1.0))[0b11110000]  # the first half inside: a flat square
+    >>> float(element_sizes((1.0, 1.0, 1.0))[0b11110000])  # the first half inside: a flat square
     1.0
     """
     step = np.asarray(spacing, dtype=np.float64)

@@ -107,8 +107,8 @@ def test_coarse_voxels_make_a_wider_interval() -> None:
     coarse = resampled_volumes(ball((30, 30, 30), (14, 14, 14), 8), np.eye(4), spacing=4.0)
     fine = resampled_volumes(ball((30, 30, 30), (14, 14, 14), 8), np.eye(4), spacing=(0.9, 1.0, 1.1))
     exact = 4 / 3 * math.pi * 8**3 / 1000
-    assert fine.std() < 0.01 * exact < coarse.std()
-    assert fine.mean() == pytest.approx(exact, rel=0.02)
+    assert fine.std() < 0.02 * exact < 0.05 * exact < coarse.std()
+    assert fine.mean() == pytest.approx(exact, rel=0.03)
     assert coarse.mean() == pytest.approx(exact, rel=0.05)
 
 

@@ -28,7 +28,8 @@ def test_the_counts_are_those_of_each_threshold(kind: type, monkeypatch: pytest.
 def brute_force(maps: list, references: list, overlaps: list[float]) -> np.ndarray:
     scores = np.zeros((len(CUTOFFS), len(overlaps)))
     for c, cutoff in enumerate(CUTOFFS):
-        dice = [2 * ((p >= cutoff) & r).sum() / max(1, (p >= cutoff).sum() + r.sum()) for p, r in zip(maps, references)]
+        masks = [(p >= cutoff, r) for p, r in zip(maps, references, strict=True)]
+        dice = [2 * (mask & r).sum() / max(1, mask.sum() + r.sum()) for mask, r in masks]
         for t, overlap in enumerate(overlaps):
             found = [d for d in dice if d >= overlap]
             scores[c, t] = ((np.mean(found) if found else 0) + len(found) / len(dice)) / 2

@@ -42,13 +42,8 @@ def test_the_assignment_is_the_best_of_all(shape: tuple[int, ...], seed: int) ->
     p, r = blobs(shape, seed, 1.0, 0.25), blobs(shape, seed + 50, 1.0, 0.35)
     found = match_objects(p, r, min_voxels=2, least_dice=0)
     labels = [label(mask)[0] for mask in (r, p)]
-    kept = [[k for k in range(1, x.max() + 1) if (x == k).sum() >= 2] for x in labels]
-    table = np.array(
-        [
-            [2 * ((labels[0] == a) & (labels[1] == b)).sum() / ((labels[0] == a).sum() + (labels[1] == b).sum()) for b in kept[1]]
-            for a in kept[0]
-        ]
-    )  # fmt: skip
+    kept = [[x == k for k in range(1, x.max() + 1) if (x == k).sum() >= 2] for x in labels]
+    table = np.array([[2 * (a & b).sum() / (a.sum() + b.sum()) for b in kept[1]] for a in kept[0]])
     assert found.dice == pytest.approx(table[tuple(found.pairs.T)])
     assert len(set(found.pairs[:, 0])) == len(set(found.pairs[:, 1])) == len(found.pairs)
     wide = table if table.shape[0] <= table.shape[1] else table.T

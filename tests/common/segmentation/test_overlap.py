@@ -132,7 +132,7 @@ def test_a_bad_mask_is_one_sentence(predicted: np.ndarray, message: str) -> None
 
 def test_an_unknown_rule_and_a_region_of_another_shape_are_named() -> None:
     mask = np.zeros((1, 2, 2), int)
-    with pytest.raises(InputError, match="'raidionic'.*Did you mean 'raidionics'"):
+    with pytest.raises(InputError, match=r"'raidionic'.*Did you mean 'raidionics'"):
         overlap_metrics(mask, mask, empty="raidionic")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="region"):
         overlap_metrics(mask, mask, empty="nan", region=np.ones((3, 2)))

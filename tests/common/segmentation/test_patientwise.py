@@ -63,7 +63,7 @@ def test_bad_columns_are_one_sentence() -> None:
         patientwise_metrics([0.5], [-2.0], [0.0])
     with pytest.raises(InputError, match="for each patient"):
         patientwise_metrics([0.5, 0.5], [2.0], [0.0])
-    with pytest.raises(InputError, match="'TP'.*Did you mean 'tp'"):
+    with pytest.raises(InputError, match=r"'TP'.*Did you mean 'tp'"):
         patientwise_metrics([0.5], [2.0], [1.0], "TP")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="volume limit -1"):
         patientwise_metrics([0.5], [2.0], [1.0], volume_limit_ml=-1)

@@ -65,6 +65,7 @@ def test_concentric_spheres_are_the_difference_of_their_radii_apart() -> None:
     assert area == pytest.approx(4 * math.pi * 400, rel=0.1)  # a surface between voxels is a little rough
 
 
+@pytest.mark.filterwarnings("ignore:.*always_return_as_numpy.*:FutureWarning")  # MONAI warns itself
 @pytest.mark.parametrize("spacing", [*SPACINGS, (0.7, 1.9)])
 def test_surface_dice_is_that_of_monai(spacing: tuple[float, ...]) -> None:
     from monai.metrics import compute_surface_dice
