@@ -25,7 +25,13 @@ def case_of(name: str, size: Sequence[int], machine: Machine, device: torch.devi
     cls = attention.class_of(name, "mixer")
     if len(grid) not in cls.grids:  # type: ignore[attr-defined]
         return None
-    module, plain = (build(each, dim, grid).to(device) for each in (name, "softmax"))
+    title = f"{name} {'x'.join(map(str, grid))}, {dim} channels"
+    plain = build("softmax", dim, grid).to(device)
+    try:
+        module = build(name, dim, grid).to(device)
+    except RuntimeError as error:  # some have parameters for every place
+        absent = Contestant("fovea", lambda: torch.zeros(()), [], str(error).split(":")[-1].strip() or "cannot be built")
+        return Case(title, [absent], "fovea", 0, 0)
     x = torch.randn(1, *grid, dim, device=device)
     # The papers' code is that of images; some of it builds its tables of tokens by tokens at once.
     refused = refusal(module, (1, *grid), machine, materialises=True)
@@ -39,7 +45,6 @@ def case_of(name: str, size: Sequence[int], machine: Machine, device: torch.devi
     if released is not None:
         same = not module.takes_choices  # between ties the choice is arbitrary
         contestants.append(_contestant("released formulation", released, module, x, machine, same))
-    title = f"{name} {'x'.join(map(str, grid))}, {dim} channels"
     shape = (1, *grid)
     return Case(title, contestants, "fovea", module.flops(shape), module.min_bytes(shape))
 

@@ -102,11 +102,11 @@ def bootstrap_intervals(
         name of the metric -> interval.
     """
     p, t = check_predictions(probabilities, targets, kind)
-    _check_sampling(num_samples, level)
+    check_sampling(num_samples, level)
     parts: list[dict[str, Floats]] = []
     for weights in resample_weights(t, groups, num_samples, seed, stratified):
         parts.append(weighted_metrics(p, t, kind, weights, classes))
-    return {name: _interval(np.concatenate([part[name] for part in parts]), level) for name in parts[0]}
+    return {name: percentile_interval(np.concatenate([part[name] for part in parts]), level) for name in parts[0]}
 
 
 def paired_difference(
@@ -127,7 +127,7 @@ def paired_difference(
     """
     p, t = check_predictions(a, targets, kind)
     q, _ = check_predictions(b, targets, kind)
-    _check_sampling(num_samples, level)
+    check_sampling(num_samples, level)
     whole = np.ones((1, len(p)))
     parts = []
     for weights in itertools.chain([whole], resample_weights(t, groups, num_samples, seed, stratified)):
@@ -136,8 +136,8 @@ def paired_difference(
     found = {}
     for name, (value,) in parts[0].items():
         resampled = np.concatenate([part[name] for part in parts[1:]])
-        interval = _interval(resampled, level)
-        found[name] = Difference(float(value), interval.low, interval.high, _two_sided(resampled))
+        interval = percentile_interval(resampled, level)
+        found[name] = Difference(float(value), interval.low, interval.high, two_sided_p(resampled))
     return found
 
 
@@ -215,7 +215,8 @@ def _strata(targets: Ints, member: Ints, num_groups: int) -> list[Ints]:
     return [np.flatnonzero(group_class == c) for c in np.unique(group_class)]
 
 
-def _interval(values: Floats, level: float) -> Interval:
+def percentile_interval(values: Floats, level: float) -> Interval:
+    """The middle ``level`` of resampled values (s,); those that are not finite count as undefined."""
     defined = values[np.isfinite(values)]
     if not defined.size:
         return Interval(float("nan"), float("nan"), int(values.size))
@@ -223,7 +224,8 @@ def _interval(values: Floats, level: float) -> Interval:
     return Interval(float(low), float(high), int(values.size - defined.size))
 
 
-def _two_sided(differences: Floats) -> float:
+def two_sided_p(differences: Floats) -> float:
+    """Twice the share of resampled differences (s,) on the rarer side of 0."""
     defined = differences[np.isfinite(differences)]
     if not defined.size:
         return float("nan")
@@ -237,6 +239,7 @@ def _sum_by(member: Ints, values: NDArray, num_groups: int) -> Floats:
     return total
 
 
-def _check_sampling(num_samples: int, level: float) -> None:
+def check_sampling(num_samples: int, level: float) -> None:
+    """Raise ValueError for a number of resamples or a level that is not possible."""
     if num_samples < 1 or not 0 < level < 1:
         raise ValueError(f"num_samples={num_samples} must be at least 1 and level={level} between 0 and 1")

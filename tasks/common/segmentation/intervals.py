@@ -15,7 +15,14 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from kernels.errors import InputError
-from tasks.common.bootstrap import Difference, Interval, _check_sampling, _interval, _two_sided, resample_weights
+from tasks.common.bootstrap import (
+    Difference,
+    Interval,
+    check_sampling,
+    percentile_interval,
+    resample_weights,
+    two_sided_p,
+)
 from tasks.common.segmentation.patientwise import (
     Convention,
     Detections,
@@ -60,7 +67,7 @@ def statistic_intervals(
     """
     _check(cases, num_samples, level)
     parts = [statistics(w) for w in resample_weights(np.zeros(cases, np.int64), groups, num_samples, seed)]
-    return {name: _interval(np.concatenate([part[name] for part in parts]), level) for name in parts[0]}
+    return {name: percentile_interval(np.concatenate([part[name] for part in parts]), level) for name in parts[0]}
 
 
 def statistic_differences(
@@ -82,8 +89,8 @@ def statistic_differences(
     found = {}
     for name, (value,) in parts[0].items():
         resampled = np.concatenate([part[name] for part in parts[1:]])
-        ends = _interval(resampled, level)
-        found[name] = Difference(float(value), ends.low, ends.high, _two_sided(resampled))
+        ends = percentile_interval(resampled, level)
+        found[name] = Difference(float(value), ends.low, ends.high, two_sided_p(resampled))
     return found
 
 
@@ -187,6 +194,6 @@ def _outcome(table: pd.DataFrame, found: Found) -> tuple[Detections, Flags]:
 
 
 def _check(cases: int, num_samples: int, level: float) -> None:
-    _check_sampling(num_samples, level)
+    check_sampling(num_samples, level)
     if cases < 1:
         raise InputError("there are no cases to summarise.")
