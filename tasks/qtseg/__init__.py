@@ -1,0 +1,1 @@
+"""2-D segmentation: QTSeg, its peers, and any backbone with any attention module, on your own images."""
