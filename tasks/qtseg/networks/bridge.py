@@ -28,9 +28,7 @@ class FeatureDistribution(nn.Module):
             [
                 nn.ModuleList([ConvUnit(4 * n, 2 * n), UpConvUnit(8 * n, n, 2), UpConvUnit(16 * n, n, 4)]),
                 nn.ModuleList([ConvUnit(4 * n, 2 * n, 3, 2), ConvUnit(8 * n, 4 * n), UpConvUnit(16 * n, 2 * n, 2)]),
-                nn.ModuleList(
-                    [ConvUnit(4 * n, 4 * n, 3, 4, 1), ConvUnit(8 * n, 4 * n, 3, 2), ConvUnit(16 * n, 8 * n)]
-                ),
+                nn.ModuleList([ConvUnit(4 * n, 4 * n, 3, 4, 1), ConvUnit(8 * n, 4 * n, 3, 2), ConvUnit(16 * n, 8 * n)]),
             ]
         )
 

@@ -57,7 +57,9 @@ def build_network(settings: Mapping[str, Any]) -> nn.Module:
         return _own(name, parts, params)
     builder = _BUILDERS.get(name.lower())
     if builder is None:
-        raise unknown_name("decoder", name, _BUILDERS, "A class of your own is named by its path, package.module:Class.")
+        raise unknown_name(
+            "decoder", name, _BUILDERS, "A class of your own is named by its path, package.module:Class."
+        )
     _check_params(name, builder, params)
     return builder(parts, **params)
 
@@ -87,7 +89,7 @@ def check_network(network: nn.Module, in_channels: int, classes: int, size: int 
     shape = tuple(getattr(found, "shape", ()))
     if shape != (1, classes, *sides):
         raise InputError(
-            f"the network gives {shape or type(found).__name__} for an image, not (1, {classes}, {sides[0]}, {sides[1]})."
+            f"the network gives {shape or type(found).__name__} for an image, not {(1, classes, *sides)}."
         )
 
 
@@ -151,9 +153,7 @@ def _qtseg(
     )
 
 
-def _unet(
-    parts: _Parts, width: int | None = None, depth: int = 5, deep_supervision: bool = False
-) -> nn.Module:
+def _unet(parts: _Parts, width: int | None = None, depth: int = 5, deep_supervision: bool = False) -> nn.Module:
     attention = parts.attention(parts.backbone)
     encoder: nn.Module
     if parts.backbone is None:
@@ -177,9 +177,7 @@ def _pyramid_levels(strides: Sequence[float]) -> list[int]:
     return nearest_levels(strides, [int(s) for s in distinct] if len(distinct) > 2 else UNET_STRIDES)
 
 
-def _self_guided(
-    parts: _Parts, width: int = 64, guided_weight: float = 0.25, rebuilt_weight: float = 0.1
-) -> nn.Module:
+def _self_guided(parts: _Parts, width: int = 64, guided_weight: float = 0.25, rebuilt_weight: float = 0.1) -> nn.Module:
     if width < 1:
         raise InputError(f"decoder self_guided: width={width} must be at least 1.")
     backbone = parts.backbone_or("resnext101_32x8d")
@@ -234,7 +232,7 @@ def _check_params(name: str, builder: Callable[..., nn.Module], params: Mapping[
 
 
 def _own(path: str, parts: _Parts, params: Mapping[str, Any]) -> nn.Module:
-    """A class of the user's: ``Class(in_channels=, classes=, **params)``, with ``encoder=`` where a backbone is chosen."""
+    """A class of the user's: ``Class(in_channels=, classes=, **params)``, and ``encoder=`` where there is a backbone."""
     module_name, _, class_name = path.partition(":")
     try:
         cls = operator.attrgetter(class_name)(importlib.import_module(module_name))

@@ -32,9 +32,7 @@ class Chosen:
         if self.gate is None:
             return None
         offers = [{"signal_dim": signal} for _, signal in dims]
-        return [
-            self.gate.build(dim, i, **offer) for i, ((dim, _), offer) in enumerate(zip(dims, offers, strict=True))
-        ]
+        return [self.gate.build(dim, i, **offer) for i, ((dim, _), offer) in enumerate(zip(dims, offers, strict=True))]
 
 
 def chosen(entry: Mapping[str, Any] | str | None, takes_mixers: Callable[[], bool], takes_gates: bool) -> Chosen:

@@ -94,4 +94,3 @@ class DualMixBlock(nn.Module):
 def readout(dim: int, num_heads: int, norm: str | None = None, residual: bool = False) -> nn.Module:
     """Attention between tokens and a map."""
     return attention.create("query_readout", dim=dim, num_heads=num_heads, norm=norm, residual=residual)
-

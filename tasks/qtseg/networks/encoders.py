@@ -87,8 +87,8 @@ class Backbone:
         encoder = backbones.create(features_only=True, **arguments)
         if not all(getattr(encoder, name, None) for name in ("channels", "strides")):
             raise InputError(
-                f"backbone '{self.name}' does not say the channels and strides of its maps; give {type(encoder).__name__} "
-                "these two attributes, or timm's forward_intermediates and feature_info."
+                f"backbone '{self.name}' does not say the channels and strides of its maps; give "
+                f"{type(encoder).__name__} these two attributes, or timm's forward_intermediates and feature_info."
             )
         return encoder
 

@@ -40,7 +40,7 @@ class CellUp(nn.ConvTranspose2d):
 
 
 class TokenMlps(nn.Module):
-    """For each class token an MLP of its own, three layers with ReLU between them: (B, K, inputs) to (B, K, outputs)."""
+    """For each class token an MLP of its own, three layers and ReLU between them: (B, K, inputs) to (B, K, outputs)."""
 
     def __init__(self, tokens: int, inputs: int, outputs: int) -> None:
         super().__init__()

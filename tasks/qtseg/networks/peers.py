@@ -40,9 +40,7 @@ def monai_unet(
     return Padded(network, 2 ** (len(channels) - 1))
 
 
-def attention_unet(
-    in_channels: int, classes: int, channels: Sequence[int] = (64, 128, 256, 512, 1024)
-) -> nn.Module:
+def attention_unet(in_channels: int, classes: int, channels: Sequence[int] = (64, 128, 256, 512, 1024)) -> nn.Module:
     """Attention U-Net (Oktay et al. 2018)."""
     from monai.networks.nets.attentionunet import AttentionUnet
 

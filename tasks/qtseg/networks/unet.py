@@ -8,6 +8,7 @@ without a map of the encoder go on from its finest map to the image's resolution
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -157,7 +158,7 @@ class UNet(nn.Module):
 def _levels(strides: Sequence[float], channels: Sequence[int], width: int) -> tuple[tuple[int, ...], list[int]]:
     """Strides of the maps a decoder goes through, and their channels."""
     whole = [int(s) for s in strides]
-    doubling = all(b == 2 * a for a, b in zip(whole, whole[1:], strict=False)) and len(whole) > 1
+    doubling = all(b == 2 * a for a, b in itertools.pairwise(whole)) and len(whole) > 1
     if doubling and whole == list(strides) and whole[0].bit_count() == 1:
         return tuple(whole), list(channels)
     return STRIDES, [width * s for s in STRIDES]

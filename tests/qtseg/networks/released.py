@@ -1,4 +1,4 @@
-"""QTSeg step by step as it is published: every convolution apart from its norm, every map made, every token projected."""
+"""QTSeg step by step as published: each convolution apart from its norm, every map made, every token projected."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _channel_norm(x: Tensor, norm: Any) -> Tensor:
 
 def _position(module: Any, features: Tensor) -> Tensor:
     height, width = features.shape[2:]
-    ones = torch.ones(height, width, device=features.device)
+    ones = features.new_ones(height, width)
     y, x = (ones.cumsum(0) - 0.5) / height, (ones.cumsum(1) - 0.5) / width
     angles = 2 * math.pi * ((2 * torch.stack([x, y], -1) - 1) @ module.frequencies)
     return torch.cat([angles.sin(), angles.cos()], -1).permute(2, 0, 1).expand_as(features)
