@@ -232,7 +232,7 @@ def _check_params(name: str, builder: Callable[..., nn.Module], params: Mapping[
 
 
 def _own(path: str, parts: _Parts, params: Mapping[str, Any]) -> nn.Module:
-    """A class of the user's: ``Class(in_channels=, classes=, **params)``, and ``encoder=`` where there is a backbone."""
+    """A class of the user's: ``Class(in_channels=, classes=, **params)``, ``encoder=`` where there is a backbone."""
     module_name, _, class_name = path.partition(":")
     try:
         cls = operator.attrgetter(class_name)(importlib.import_module(module_name))

@@ -117,7 +117,7 @@ class MaskDecoder(nn.Module):
 
     def decode(self, levels: Sequence[Tensor], fine: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Tokens (B, K, 4n) and cells (B, H, W, 2, 2, 2, 2, 4n), see :meth:`forward`."""
-        tokens = self.tokens.expand(len(levels[0]), -1, -1)
+        tokens = self.tokens.expand(levels[0].shape[0], -1, -1)
         coarse: Tensor | None = None
         features = levels[-1]
         for i in range(len(levels) - 1, -1, -1):

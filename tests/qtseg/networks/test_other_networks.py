@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from tasks.qtseg.losses import SelfGuidedLoss
 from tasks.qtseg.networks.build import build_network
@@ -99,14 +98,13 @@ def test_networks_of_monai_take_images_of_any_size(name: str) -> None:
     }
     network = build_network({"decoder": {"name": name, **small[name]}, "classes": 3, "in_channels": 1}).eval()
     assert network(images(ODD, 1, 1)).shape == (1, 3, *ODD)
-    out = network.train()(images((32, 32), 2, 1))
+    out = network.train()(images((64, 64), 2, 1))
     out.square().mean().backward()
     assert any(p.grad is not None for p in network.parameters())
 
 
-@pytest.mark.parametrize("decoder", [UNET, SELF_GUIDED], ids=lambda d: d["name"])
-def test_other_networks_compile_to_one_graph(decoder: dict[str, Any]) -> None:
-    network: nn.Module = build(decoder, "resnet18").eval()
+def test_u_net_compiles_to_one_graph() -> None:
+    network = build(UNET | {"depth": 3}).eval()
     compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(images()), network(images()), rtol=1e-4, atol=1e-5)

@@ -104,12 +104,12 @@ def test_half_precision_stays_finite() -> None:
     assert logits.isfinite().all() and unreached(network) == []
 
 
-@pytest.mark.parametrize("size", [(64, 96), ODD], ids=str)
-def test_the_network_compiles_to_one_graph(size: tuple[int, int]) -> None:
-    network = build(QTSEG).eval()
+@pytest.mark.slow
+def test_the_network_compiles_to_one_graph() -> None:
+    network = build(QTSEG | {"depths": [1, 1, 1]}).eval()
     compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(images(size)), network(images(size)), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(compiled(images()), network(images()), rtol=1e-4, atol=1e-5)
 
 
 def test_a_map_of_stride_4_enters_half_way() -> None:
