@@ -40,7 +40,9 @@ class FourierPositions(nn.Module):
             (torch.arange(n, device=self.frequencies.device, dtype=self.frequencies.dtype) + 0.5) * (2 / n) - 1
             for n in (height, width)
         )
-        # A projection of (x, y) is a sum of one term for each axis.
+        # A projection of (x, y) is a sum of one angle for each axis: sines are taken of H + W angles, not of H W.
         of_x, of_y = 2 * math.pi * self.frequencies
-        angles = rows[:, None, None] * of_y + columns[:, None] * of_x
-        return torch.cat([angles.sin(), angles.cos()], dim=-1)
+        down, right = rows[:, None, None] * of_y, columns[:, None] * of_x
+        sines = down.sin() * right.cos() + down.cos() * right.sin()
+        cosines = down.cos() * right.cos() - down.sin() * right.sin()
+        return torch.cat([sines, cosines], dim=-1)

@@ -108,7 +108,9 @@ class PooledPyramid(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         pieces = [self.enter(x)]
         for _ in range(3):
-            pieces.append(F.max_pool2d(pieces[-1], 5, stride=1, padding=2))
+            # The maximum of a square is that of its rows' maxima.
+            by_rows = F.max_pool2d(pieces[-1], (1, 5), stride=1, padding=(0, 2))
+            pieces.append(F.max_pool2d(by_rows, (5, 1), stride=1, padding=(2, 0)))
         return self.leave(torch.cat(pieces, dim=1))
 
 

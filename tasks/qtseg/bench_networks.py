@@ -242,7 +242,7 @@ def _step(network: nn.Module, size: tuple[int, int]) -> None:
     with torch.no_grad():
         for parameter in network.parameters():
             if parameter.grad is not None:
-                parameter -= 1e-3 * parameter.grad
+                parameter.sub_(1e-3 * parameter.grad)
         predicted = network.eval()(x)
     if predicted.shape != (2, 2, *size) or not predicted.isfinite().all():
         raise RuntimeError(f"the prediction is {tuple(predicted.shape)} or not finite")

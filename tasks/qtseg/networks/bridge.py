@@ -6,6 +6,7 @@ Source: Tran et al., QTSeg, arXiv 2412.17241 (multi-level feature distribution, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,9 @@ class FeatureDistribution(nn.Module):
 
     def forward(self, levels: Sequence[Tensor]) -> list[Tensor]:
         """(B, 4n, H, W), (B, 8n, ceil(H/2), ceil(W/2)), (B, 16n, ceil(H/4), ceil(W/4)), and the same out."""
-        return [
-            torch.cat([path(x)[..., : own.shape[2], : own.shape[3]] for path, x in zip(row, levels, strict=True)], 1)
-            for row, own in zip(self.paths, levels, strict=True)  # type: ignore[arg-type]
-        ]
+        found = []
+        for row, own in zip(self.paths, levels, strict=True):
+            paths: Any = row
+            parts = [path(x)[..., : own.shape[2], : own.shape[3]] for path, x in zip(paths, levels, strict=True)]
+            found.append(torch.cat(parts, 1))
+        return found

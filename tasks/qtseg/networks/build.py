@@ -88,9 +88,7 @@ def check_network(network: nn.Module, in_channels: int, classes: int, size: int 
         network.train(training)
     shape = tuple(getattr(found, "shape", ()))
     if shape != (1, classes, *sides):
-        raise InputError(
-            f"the network gives {shape or type(found).__name__} for an image, not {(1, classes, *sides)}."
-        )
+        raise InputError(f"the network gives {shape or type(found).__name__} for an image, not {(1, classes, *sides)}.")
 
 
 class _Parts:

@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +98,7 @@ class _Exported(nn.Module):
 
 
 @contextlib.contextmanager
-def _silence():  # type: ignore[no-untyped-def]
+def _silence() -> Iterator[None]:
     """Without what the exporter prints, logs and warns of, none of which is the user's to mend."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export")]
     levels = [logger.level for logger in loggers]

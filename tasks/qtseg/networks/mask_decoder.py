@@ -104,19 +104,25 @@ class MaskDecoder(nn.Module):
             levels: (B, 4n, H, W), (B, 8n, ceil(H/2), ceil(W/2)), (B, 16n, ceil(H/4), ceil(W/4)).
             fine: (B, 2n, h, w) at stride 4, at most twice as large as the first level, which is added half-way.
         """
-        tokens, cells = self.decode(levels, fine)
-        # (B, H, W, 2, 2, 2, 2, K): the halves of a row of stride 8, then those of the row of stride 4.
-        logits = (cells.flatten(1, 6) @ tokens.mT).unflatten(1, cells.shape[1:7])
-        return _sorted(logits)
+        tokens, features, fine_cells = self.decode(levels, fine)
+        whole = features.shape[1]
+        rows = whole if _keeps(features) else max(1, _BLOCK // (features[:, 0].numel() * 16))
+        parts = []
+        for start in range(0, whole, rows):
+            here = slice(start, start + rows)
+            cells = self._cells(features[:, here], None if fine_cells is None else fine_cells[:, here])
+            # (B, H, W, 2, 2, 2, 2, K): the halves of a row of stride 8, then those of the row of stride 4.
+            parts.append((cells.flatten(1, 6) @ tokens.mT).unflatten(1, cells.shape[1:7]))
+        return _sorted(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
 
     def features(self, levels: Sequence[Tensor], fine: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits, and the map (B, 4n, 4H, 4W) that they are the tokens' inner products with."""
-        tokens, cells = self.decode(levels, fine)
-        features = _sorted(cells)
+        tokens, features, fine_cells = self.decode(levels, fine)
+        features = _sorted(self._cells(features, fine_cells))
         return torch.einsum("bkc,bchw->bkhw", tokens, features), features
 
-    def decode(self, levels: Sequence[Tensor], fine: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Tokens (B, K, 4n) and cells (B, H, W, 2, 2, 2, 2, 4n), see :meth:`forward`."""
+    def decode(self, levels: Sequence[Tensor], fine: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Tokens (B, K, 4n), features (B, H, W, 4n) at stride 8, and ``fine`` as their cells (B, H, W, 2, 2, 2n)."""
         tokens = self.tokens.expand(levels[0].shape[0], -1, -1)
         coarse: Tensor | None = None
         features = levels[-1]
@@ -130,10 +136,12 @@ class MaskDecoder(nn.Module):
             if i > 0:
                 below = levels[i - 1].shape[2:]
                 coarse = _beside(self.ups[i - 1](features))[:, : below[0], : below[1]]
+        return tokens, features, None if fine is None else _apart(fine, features.shape[1:3])
+
+    def _cells(self, features: Tensor, fine: Tensor | None) -> Tensor:
+        """(B, H, W, 4n) at stride 8 as cells (B, H, W, 2, 2, 2, 2, 4n) at stride 2."""
         halves = self.last[0](features)
-        if fine is not None:
-            halves = halves + _apart(fine, halves.shape[1:3])
-        return tokens, self.last[1](halves)
+        return self.last[1](halves if fine is None else halves + fine)
 
     def _gated(self, i: int, level: Tensor, coarse: Tensor | None) -> Tensor:
         if self.gates is None:
@@ -142,6 +150,15 @@ class MaskDecoder(nn.Module):
         if coarse is not None and isinstance(gate, Gate) and gate.takes_signal:
             return gate(level, to_channels_first(coarse))
         return gate(level)
+
+
+_BLOCK = 1 << 18
+"""Numbers of the widest map that are made at a time where none is kept: as many as a core's own cache holds."""
+
+
+def _keeps(x: Tensor) -> bool:
+    """Whether the widest map is made at once: for the backward pass, for a graph, or where blocks save no time."""
+    return torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling()
 
 
 def _beside(cells: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import backbones
 from kernels.errors import InputError
+from tasks.qtseg.networks import mask_decoder
 from tasks.qtseg.networks.build import build_network
 from tasks.qtseg.networks.mask_decoder import CellUp, MaskDecoder, TokenMlps
 from tasks.qtseg.networks.qtseg import QTSeg
@@ -124,6 +125,16 @@ def test_a_map_of_stride_4_enters_half_way() -> None:
     rows, columns = changed.nonzero().T
     assert plain.shape == (1, 2, 20, 28) and changed.any()
     assert rows.unique().tolist() == [6, 7] and columns.unique().tolist() == [12, 13]
+
+
+@pytest.mark.parametrize("backbone", ["qtseg_encoder", "resnet18"])
+def test_the_widest_map_may_be_made_in_blocks(backbone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = build(QTSEG, backbone).eval()
+    with torch.no_grad():
+        whole = network(images())
+        monkeypatch.setattr(mask_decoder, "_BLOCK", 1)
+        torch.testing.assert_close(network(images()), whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(network(images()), whole, rtol=1e-5, atol=1e-6)
 
 
 def test_a_transposed_convolution_is_a_linear_layer_on_cells() -> None:
