@@ -11,17 +11,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from monai.transforms import (
-    Compose,
+from monai.transforms.compose import Compose
+from monai.transforms.croppad.dictionary import RandCropByPosNegLabeld, SpatialPadd
+from monai.transforms.intensity.dictionary import (
     RandAdjustContrastd,
-    RandCropByPosNegLabeld,
-    RandFlipd,
     RandGaussianNoised,
     RandGaussianSmoothd,
     RandScaleIntensityd,
-    RandSimulateLowResolutiond,
-    SpatialPadd,
 )
+from monai.transforms.spatial.dictionary import RandFlipd, RandSimulateLowResolutiond
 from torch import Tensor
 
 from kernels.errors import InputError, unknown_name

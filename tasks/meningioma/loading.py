@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from monai.data import CacheDataset, PersistentDataset
-from monai.data import Dataset as PlainDataset
-from monai.transforms import Compose, Transform
+from monai.data.dataset import CacheDataset, PersistentDataset
+from monai.data.dataset import Dataset as PlainDataset
+from monai.transforms.compose import Compose
+from monai.transforms.transform import Transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 

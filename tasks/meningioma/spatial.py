@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.transforms import MapTransform, Randomizable
+from monai.transforms.transform import MapTransform, Randomizable
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 KEYS = ("image", "label")
 CELLS = 4  # of the deformation along each axis
 _POINTS = CELLS + 3
+Vector = Sequence[float] | NDArray[np.float64]
 
 
 class RandSpatial(MapTransform, Randomizable):
@@ -71,7 +72,8 @@ class RandSpatial(MapTransform, Randomizable):
         for key in self.keys:
             values = torch.as_tensor(found[key]).as_subclass(Tensor)
             if grid is None:
-                grid = spatial_grid(values.shape[1:], *self.drawn, self.scale, self.control)
+                angles, shift, perspective = self.drawn
+                grid = spatial_grid(values.shape[1:], angles, shift, perspective, self.scale, self.control)
             ends = (slice(None, None, max(1, n - 1)) for n in values.shape[1:])
             lowest = values[:, *ends].amin((1, 2, 3), keepdim=True).float() if key == "image" else 0.0
             moved = F.grid_sample(
@@ -87,9 +89,9 @@ class RandSpatial(MapTransform, Randomizable):
 
 def spatial_grid(
     size: Sequence[int],
-    angles: Sequence[float],
-    shift: Sequence[float],
-    perspective: Sequence[float],
+    angles: Vector,
+    shift: Vector,
+    perspective: Vector,
     zoom: float = 1.0,
     control: NDArray[np.float64] | None = None,
 ) -> Tensor:
@@ -116,7 +118,7 @@ def spatial_grid(
     linear = turn * lengths / lengths[:, None] / zoom
     offset = -linear @ np.asarray(shift, np.float64)
 
-    def along(weights: Sequence[float], constant: float) -> Tensor:
+    def along(weights: Vector, constant: float) -> Tensor:
         d, h, w = (float(weight) * axis for weight, axis in zip(weights, axes, strict=True))
         return (d + constant)[:, None, None] + h[:, None] + w
 

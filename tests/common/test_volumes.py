@@ -160,7 +160,7 @@ def test_what_cannot_be_used_is_refused_in_one_sentence(tmp_path: Path) -> None:
     bad["i.nii holds 2 NaN or infinite"] = save(tmp_path / "i.nii", hole)
     bad["only zeros"] = save(tmp_path / "z.nii", data * 0)
     bad["the same value 7 everywhere"] = save(tmp_path / "c.nii", data * 0 + 7)
-    bad["needs three axes"] = save(tmp_path / "2.nii", data[0])
+    bad["has three axes"] = save(tmp_path / "2.nii", data[0])
     bad["shape 9 x 8 x 1"] = save(tmp_path / "1.nii", data[..., :1])
     bad["last one has 4 volumes.*channel=0 to 3"] = save(tmp_path / "4.nii", np.stack([data] * 4, -1))
     bad["singular"] = save(
@@ -169,6 +169,10 @@ def test_what_cannot_be_used_is_refused_in_one_sentence(tmp_path: Path) -> None:
     colour = np.zeros((4, 4, 4), [("R", "u1"), ("G", "u1"), ("B", "u1")])
     bad["colour voxels"] = save(tmp_path / "rgb.nii", colour)
     bad["complex voxels"] = save(tmp_path / "x.nii", data.astype(np.complex64))
+    small = nib.Nifti1Image(data, np.eye(4))
+    small.header.set_xyzt_units("micron")
+    nib.save(small, tmp_path / "micron.nii")
+    bad["lengths in micron"] = tmp_path / "micron.nii"
     for spacing, name in ((0.0, "zero"), (-1.0, "negative"), (np.nan, "nan")):
         path = save(tmp_path / f"{name}.nii", data)
         content = bytearray(path.read_bytes())

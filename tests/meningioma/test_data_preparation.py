@@ -1,6 +1,8 @@
 """What the network sees, and that its answer comes back onto the patient's own voxels."""
 
 import json
+import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +210,29 @@ def test_recipes_and_ways_survive_as_plain_values() -> None:
 def test_settings_that_cannot_be_used_are_refused(given: dict[str, Any], sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
         Preparation.from_config(OmegaConf.create(given))
+
+
+@pytest.fixture
+def traced() -> Iterator[None]:
+    tracemalloc.start()
+    yield
+    tracemalloc.stop()
+
+
+def test_memory_stays_within_a_few_copies_of_the_volume(traced: None) -> None:
+    """A volume of 512 x 512 x 600 is 0.6 GB in float32; nothing may hold more than a few of these at a time."""
+    grid = Grid((96, 96, 110), centred(affine_of("LPS", (0.5, 0.5, 0.5), 0.0), (96, 96, 110)))
+    volume = volume_of(grid)
+    unit, start = volume.data.nbytes, tracemalloc.get_traced_memory()[0]
+    for recipe, before, after in ((WholeVolume(**SMALL), 1.5, 4.0), (SlidingWindow(), 3.3, 4.0)):
+        tracemalloc.reset_peak()
+        prepared = recipe.prepare([volume])
+        assert tracemalloc.get_traced_memory()[1] - start < before * unit
+        probabilities = torch.rand(2, *prepared.way.size)
+        tracemalloc.reset_peak()
+        prepared.mask(probabilities)
+        prepared.restore(probabilities)
+        assert tracemalloc.get_traced_memory()[1] - start < after * unit
 
 
 def test_bounding_box() -> None:

@@ -114,8 +114,7 @@ def world_aligned(grid: Grid, spacing: Sequence[float]) -> Grid:
 
 def mapping(target: Grid, source: Grid) -> Affine:
     """The (4, 4) matrix from voxel indices of ``target`` to those of ``source``."""
-    matrix: Affine = np.linalg.solve(source.affine, target.affine)
-    return matrix
+    return np.asarray(np.linalg.solve(source.affine, target.affine), np.float64)
 
 
 def is_rearrangement(target: Grid, source: Grid) -> bool:

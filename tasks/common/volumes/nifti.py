@@ -43,6 +43,9 @@ def read_nifti(path: Path, kind: type[np.floating[Any]]) -> tuple[NDArray[Any], 
     header = image.header
     fields = None
     if isinstance(header, nibabel.Nifti1Header):
+        unit = header.get_xyzt_units()[0]
+        if unit in ("meter", "micron"):
+            raise InputError(f"{path} states its lengths in {unit}; convert its header to mm.")
         fields = {name: np.asarray(header[name]).tolist() for name in PLACE_FIELDS}
     return values, np.asarray(image.affine, np.float64), fields
 

@@ -112,7 +112,7 @@ def _three_axes(values: NDArray[Any], channel: int | None, path: Path) -> NDArra
         values = np.array(values[..., channel], order="F")  # a copy, so that the others are given up
     if values.ndim != 3 or min(values.shape) < 2:
         shape = " x ".join(map(str, values.shape))
-        raise InputError(f"{path} has the shape {shape}: a volume needs three axes of two voxels or more, not a slice.")
+        raise InputError(f"{path} has the shape {shape}, but a volume has three axes of two voxels or more.")
     return values
 
 
