@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from tasks.qtseg.augmentation import Augmentation, Item
 from tasks.qtseg.data import Sample
 from tasks.qtseg.images import Pixels, read_image, read_mask
 from tasks.qtseg.masks import Labels, MaskCoding, read_labels
-from tasks.qtseg.preprocessing import Canvas, Preprocessing, to_byte_scale
+from tasks.qtseg.preprocessing import Canvas, Preprocessing, Scale, to_byte_scale
 
 _CACHE_BYTES = 2 * 2**30  # of prepared images, for data.cache=auto
 _MARGIN = 0.25  # of a tile's side, cut off again after what moves pixels
@@ -34,11 +34,13 @@ class Entry:
         canvas: the image at the network's size.
         label: (h, w) uint8 class indices.
         fov: (h, w) uint8 field of view, or None.
+        scale: of the intensities of the whole image, where parts of it are trained on, else None.
     """
 
     canvas: Canvas
     label: Labels
     fov: NDArray[np.uint8] | None
+    scale: Scale | None = None
 
     @property
     def nbytes(self) -> int:
@@ -74,7 +76,11 @@ class Store:
     def prepare(self, sample: Sample, image: Pixels, label: Labels, fov: NDArray[np.uint8] | None) -> Entry:
         """What :func:`read_sample` gave, at the network's size."""
         made = self.preprocessing
-        return Entry(made.canvas(image), made.label_canvas(label), None if fov is None else made.label_canvas(fov))
+        canvas = made.canvas(image)
+        scale = None
+        if made.resize == "tiles":  # windows of an image are all seen on one scale, also when it is used
+            scale = made.scale(to_byte_scale(canvas.image), torch.from_numpy(canvas.inside()))
+        return Entry(canvas, made.label_canvas(label), None if fov is None else made.label_canvas(fov), scale)
 
     def keep(self, sample: Sample, entry: Entry) -> None:
         """Hold a sample for the next time, while there is room."""
@@ -157,7 +163,8 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor, Tensor, int]]):
         counts = inside if entry.fov is None else inside & (entry.fov > 0)
         image, label, flags = entry.canvas.image, entry.label, np.stack([inside, counts]).astype(np.uint8)
         if self.augmentation is None:
-            return self._finished(Item(to_byte_scale(image), torch.from_numpy(label), torch.from_numpy(flags)), index)
+            whole = Item(to_byte_scale(image), torch.from_numpy(label), torch.from_numpy(flags))
+            return self._finished(whole, index, entry.scale)
         if preprocessing.resize == "tiles":
             margin = _MARGIN if self.augmentation.moves else 0.0
             image, label, flags = _cut(
@@ -165,17 +172,25 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor, Tensor, int]]):
             )
         item = Item(to_byte_scale(image), torch.from_numpy(label), torch.from_numpy(flags))
         item = self.augmentation(item, rng)
-        return self._finished(_centre(item, preprocessing.size) if preprocessing.resize == "tiles" else item, index)
+        item = _centre(item, preprocessing.size) if preprocessing.resize == "tiles" else item
+        return self._finished(item, index, entry.scale)
 
-    def _finished(self, item: Item, index: int) -> tuple[Tensor, Tensor, Tensor, int]:
+    def _finished(self, item: Item, index: int, scale: Scale | None) -> tuple[Tensor, Tensor, Tensor, int]:
         inside, counts = item.flags.bool()
-        return self.store.preprocessing.normalised(item.image, inside), item.label.long(), counts, index
+        return self.store.preprocessing.normalised(item.image, inside, scale), item.label.long(), counts, index
 
 
 def make_loader(
-    dataset: SegmentationDataset, batch_size: int, sampler: EpochSampler | None = None, workers: int | str = "auto"
+    dataset: SegmentationDataset,
+    batch_size: int,
+    sampler: EpochSampler | None = None,
+    workers: int | str = "auto",
+    together: Callable[[Sequence[tuple[Tensor, Tensor, Tensor, int]]], Any] | None = None,
 ) -> DataLoader[Any]:
     """Batches; a last batch of a single image is left out of training, where it has no variance.
+
+    Args:
+        together: makes a batch of items; :func:`collate` when left out.
 
     Raises:
         InputError: the batch size or the number of workers cannot be.
@@ -193,7 +208,7 @@ def make_loader(
         dataset,
         batch_size=batch_size,
         sampler=sampler,
-        collate_fn=collate,
+        collate_fn=together or collate,
         drop_last=sampler is not None and len(dataset) > batch_size and len(dataset) % batch_size == 1,
         num_workers=count,
         persistent_workers=count > 0,

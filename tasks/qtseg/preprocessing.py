@@ -23,6 +23,7 @@ from kernels.errors import InputError, unknown_name
 from tasks.qtseg.masks import Labels
 
 Pixels = NDArray[Any]
+Scale = tuple[Tensor, Tensor]
 Resize = Literal["fit", "squash", "native", "tiles"]
 RESIZES = ("fit", "squash", "native", "tiles")
 NORMALISATIONS = ("minmax", "zscore", "fixed", "unit")
@@ -221,33 +222,37 @@ class Preprocessing:
             return (most_high, max(1, width * most_high // height)), self.size
         return (max(1, height * most_wide // width), most_wide), self.size
 
-    def normalised(self, image: Tensor, inside: Tensor) -> Tensor:
+    def normalised(self, image: Tensor, inside: Tensor, scale: Scale | None = None) -> Tensor:
         """Intensities as the network wants them.
 
         Args:
             image: (C, h, w) float32 on the scale of :meth:`canvas`.
             inside: (h, w) bool, False in the padding, which becomes 0 (but for ``minmax``, where it takes part).
+            scale: of the whole image, where ``image`` is a part of it; its own when left out.
         """
+        centre, factor = self.scale(image, inside) if scale is None else scale
+        if self.normalise == "minmax":
+            return image.mul(factor).add_(centre)
+        return (image - centre) * factor * inside
+
+    def scale(self, image: Tensor, inside: Tensor) -> Scale:
+        """What :meth:`normalised` shifts an image by and multiplies it with, each (C, 1, 1) or a scalar."""
         if self.normalise == "minmax":
             low, high = torch.aminmax(image)
             if high == low:
-                return torch.zeros_like(image)
-            scale = 2 / (high - low)
-            return image.mul(scale).add_(-1 - low * scale)
+                return torch.zeros(()), torch.zeros(())
+            factor = 2 / (high - low)
+            return -1 - low * factor, factor
         if self.normalise == "zscore":
             weight = inside.float()
             count = weight.sum().clamp(min=1)
             mean = (image * weight).sum((1, 2), keepdim=True) / count
-            centred = (image - mean) * weight
-            deviation = (centred.square().sum((1, 2), keepdim=True) / count).sqrt()
-            return torch.where(deviation > 1e-6 * mean.abs().clamp(min=1), centred / deviation, 0.0)
-        return self._scaled(image) * inside
-
-    def _scaled(self, image: Tensor) -> Tensor:
+            deviation = (((image - mean) * weight).square().sum((1, 2), keepdim=True) / count).sqrt()
+            return mean, torch.where(deviation > 1e-6 * mean.abs().clamp(min=1), 1 / deviation, 0.0)
         if self.normalise == "unit":
-            return image / 255
+            return torch.zeros(()), torch.tensor(1 / 255)
         mean, std = (torch.tensor(v, dtype=torch.float32)[:, None, None] for v in (self.mean, self.std))
-        return (image / 255 - mean) / std
+        return 255 * mean, 1 / (255 * std)
 
 
 def in_colour(image: Pixels, colour: str) -> Pixels:

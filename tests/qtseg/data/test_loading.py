@@ -200,3 +200,20 @@ def test_the_sample_grid_shows_outlines(images: ImageSet2D, tmp_path: Path) -> N
     ring[1:8, 1:8] = True
     ring[4, 4] = False
     assert len(outlines(ring)) == 2 and not outlines(np.zeros((3, 3), bool))
+
+
+def test_tiles_are_on_the_scale_of_the_whole_image(tmp_path: Path) -> None:
+    # A dark and a bright half: tiles of either alone must not be stretched to the full range.
+    image = np.full((40, 80, 3), 10, np.uint8)
+    image[:, 40:] = 250
+    mask = np.zeros((40, 80), np.uint8)
+    mask[10:20, 50:60] = 255
+    save(tmp_path / "images" / "a.png", image)
+    save(tmp_path / "masks" / "a.png", mask)
+    images = load(tmp_path)
+    for normalise in ("minmax", "zscore"):
+        store = store_of(images, 16, resize="tiles", normalise=normalise)
+        whole = SegmentationDataset(images.samples, store)[0][0]
+        dataset = SegmentationDataset(images.samples, store, named("none"))
+        values = {round(float(v), 4) for seed in range(8) for v in dataset[(0, seed)][0].unique()}
+        assert values == {round(float(v), 4) for v in whole.unique()}
