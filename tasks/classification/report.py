@@ -17,10 +17,10 @@ from rich.table import Table
 
 from tasks.classification import exits
 from tasks.classification.checkpoint import load_checkpoint
-from tasks.classification.cost import measure
 from tasks.classification.data import ImageSet
 from tasks.classification.loading import Images
 from tasks.common.checkpoints import FILE_NAME, fold_name
+from tasks.common.cost import measure
 from tasks.common.crossval import Fold
 from tasks.common.devices import device_for
 from tasks.common.files import atomic_path

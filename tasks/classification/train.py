@@ -17,7 +17,6 @@ from kernels.errors import InputError
 from tasks.classification import exits
 from tasks.classification.baseline import colour_baseline
 from tasks.classification.checkpoint import Description, ImageClassifier, save_checkpoint
-from tasks.classification.cost import exit_flops
 from tasks.classification.data import ImageSet, load_images, refuse_rare
 from tasks.classification.loading import (
     Checked,
@@ -33,6 +32,7 @@ from tasks.classification.report import measure_cost, print_result, write_report
 from tasks.classification.results import exit_logits, predict_samples, summarise, worst_first
 from tasks.common.balance import balanced_weights, sampling_weights
 from tasks.common.checkpoints import FILE_NAME, fold_name, hashed
+from tasks.common.cost import exit_flops
 from tasks.common.crossval import Fold
 from tasks.common.devices import device_for
 from tasks.common.files import atomic_path, write_json

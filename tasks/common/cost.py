@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,12 +37,18 @@ class Cost:
 
 
 @torch.no_grad()
-def measure(model: nn.Module, img_size: int, device: torch.device) -> Cost:
-    """Cost of ``model`` for images (B, 3, img_size, img_size); it is left on ``device`` in evaluation mode."""
+def measure(
+    model: nn.Module, img_size: int | Sequence[int], device: torch.device, channels: int = 3, batch_size: int = _BATCH
+) -> Cost:
+    """Cost of ``model`` for images (B, channels, height, width), ``img_size`` being both or the one side of a square.
+
+    The model is left on ``device`` in evaluation mode.
+    """
     model.to(device).eval()
-    image = torch.zeros(1, 3, img_size, img_size, device=device)
+    sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    image = torch.zeros(1, channels, *sides, device=device)
     flops, uncounted = count_flops(model, lambda: model(image))
-    batch = torch.zeros(_BATCH, 3, img_size, img_size, device=device)
+    batch = torch.zeros(batch_size, channels, *sides, device=device)
     rates: list[float] = []
     model(batch)  # warm-up
     begin = time.perf_counter()
@@ -51,9 +57,9 @@ def measure(model: nn.Module, img_size: int, device: torch.device) -> Cost:
         model(batch)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        rates.append(_BATCH / (time.perf_counter() - start))
+        rates.append(batch_size / (time.perf_counter() - start))
     parameters = sum(p.numel() for p in model.parameters())
-    return Cost(parameters, flops, max(rates), device.type, _BATCH, uncounted)
+    return Cost(parameters, flops, max(rates), device.type, batch_size, uncounted)
 
 
 def count_flops(model: nn.Module, call: Callable[[], Any]) -> tuple[float, list[str]]:

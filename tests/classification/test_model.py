@@ -10,10 +10,10 @@ from torch import nn
 import backbones
 from kernels.errors import InputError
 from tasks.classification.checkpoint import Description, load_checkpoint, save_checkpoint
-from tasks.classification.cost import exit_flops, measure
 from tasks.classification.exits import curve, figure, pooled
 from tasks.classification.loading import Preprocessing
 from tasks.classification.model import attention_argument, build_network, check_network, own_input_size
+from tasks.common.cost import exit_flops, measure
 
 SMALL = {"name": "test_resnet", "params": {}}
 VIT = {"name": "test_vit", "params": {}}
