@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 CONFIGURATION = "pkg://conf"
 # Groups whose choice may also be a name outside conf/: a class of the user's own, or any timm model.
-OPEN_GROUPS = ("attention", "backbone")
+OPEN_GROUPS = ("attention", "backbone", "decoder")
 # The kernels' settings as environment variables, with what the user has put there.
 KERNEL_VARIABLES = {
     "backend": ("FOVEA_KERNELS", os.environ.get("FOVEA_KERNELS")),
@@ -293,10 +293,10 @@ def _register_open_choice(group: str, choice: str) -> None:
     files = choices_of(group)
     if choice in files or choice.startswith(("glob(", "choice(", "range(")):
         return
-    if group == "attention":
+    if group in ("attention", "decoder"):
         if ":" not in choice:
             listing = "A class of your own is named by its path, package.module:Class."
-            raise unknown_name("attention", choice, files, listing)
+            raise unknown_name(group, choice, files, listing)
     elif ":" not in choice:
         import backbones
 
@@ -394,7 +394,8 @@ def help_text(task: Task) -> str:
     lines += ["", "Groups (group=name)"]
     for group in task.groups:
         sign = "+" if group == "attention" else ""
-        more = {"attention": "; or your own package.module:Class", "backbone": "; any timm name; package.module:Class"}
+        own = "; or your own package.module:Class"
+        more = {"attention": own, "decoder": own, "backbone": "; any timm name; package.module:Class"}
         lines.append(f"  {sign}{group}: {', '.join(task.choices_of(group))}{more.get(group, '')}")
     lines += ["", "Options (key=value), with their defaults"]
     for name in ("common.yaml", f"{task.name}.yaml", *task.help_files):

@@ -10,18 +10,19 @@ from typing import Any
 from omegaconf import DictConfig
 
 from kernels.errors import InputError
-from tasks.common.checkpoints import hashed
 from tasks.common.devices import device_for
 from tasks.common.files import atomic_path, write_json
 from tasks.common.progress import ProgressBars
 from tasks.common.runs import open_run
+from tasks.common.segmentation.checkpoint import inference_of
+from tasks.common.segmentation.new_cases import not_trained_on
 from tasks.meningioma.data import load_cases, overview
 from tasks.meningioma.model import load
 from tasks.meningioma.outcomes import Outcomes, summarise, worst_first
 from tasks.meningioma.preparation import Preparation
 from tasks.meningioma.report import print_result, write_report
 from tasks.meningioma.scoring import Scoring
-from tasks.meningioma.segment import Cut, inference_of, probabilities_of
+from tasks.meningioma.segment import Cut, probabilities_of
 
 log = logging.getLogger(__name__)
 
@@ -53,18 +54,16 @@ def run(cfg: DictConfig, out: Path) -> dict[str, Any]:
     wrong = [case.case_id for case in cases.labelled if len(case.images) != channels]
     if wrong:
         raise InputError(f"case '{wrong[0]}' does not have the {channels} channels that the checkpoint was trained on.")
-    seen = [case for case in cases.labelled if hashed(case.case_id) in segmenter.trained_on]
+    kept, seen = not_trained_on(
+        cases.labelled,
+        [case.case_id for case in cases.labelled],
+        segmenter,
+        bool(cfg.evaluation.unseen),
+        cfg.checkpoint,
+        "cases",
+    )
     if cfg.evaluation.unseen:
-        left = tuple(case for case in cases.labelled if hashed(case.case_id) not in segmenter.trained_on)
-        if not left:
-            raise InputError(f"every case was used to train checkpoint={cfg.checkpoint}; name one fold of it.")
-        cases, seen = replace(cases, cases=left), []
-    if seen:
-        log.warning(
-            "%d of %d cases were used to train this checkpoint (%s ...): the figures are too good for them; "
-            "evaluation.unseen=true leaves them out.",
-            len(seen), len(cases.labelled), seen[0].case_id,
-        )  # fmt: skip
+        cases = replace(cases, cases=tuple(kept))
     if cfg.dry_run:
         log.info("would segment %d cases with %d networks", len(cases.labelled), len(segmenter.models))
         return {}
@@ -91,7 +90,7 @@ def run(cfg: DictConfig, out: Path) -> dict[str, Any]:
         }
         metrics["notes"] = [*cases.notes, *metrics["notes"]]
         if seen:
-            metrics["notes"].append(f"{len(seen)} cases were used to train this checkpoint")
+            metrics["notes"].append(f"{seen} cases were used to train this checkpoint")
         write_json(folder / "metrics.json", metrics)
         title = f"Evaluation of {description.title}"
         write_report(cases, [], table, metrics, cfg, folder, title)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -18,12 +17,12 @@ from rich.table import Table
 from kernels.errors import InputError
 from tasks.common import plots
 from tasks.common.devices import device_for
-from tasks.common.files import atomic_path, write_json
-from tasks.common.progress import ProgressBars
+from tasks.common.files import atomic_path
 from tasks.common.report import Report
 from tasks.common.runs import Run, open_run
-from tasks.common.segmentation.checkpoint import Segmenter
+from tasks.common.segmentation.checkpoint import Segmenter, inference_of
 from tasks.common.segmentation.inference import Inference
+from tasks.common.segmentation.new_cases import segment_each
 from tasks.common.segmentation.objectwise import match_objects
 from tasks.common.segmentation.overlap import voxel_volume_ml
 from tasks.common.segmentation.pictures import volume_figure
@@ -35,7 +34,7 @@ from tasks.meningioma.model import load
 from tasks.meningioma.outcomes import growth_table
 from tasks.meningioma.predict_inputs import find_scans, fingerprint_of
 from tasks.meningioma.preparation import Preparation
-from tasks.meningioma.segment import Cut, inference_of, mask_of, probabilities_of
+from tasks.meningioma.segment import Cut, mask_of, probabilities_of
 
 log = logging.getLogger(__name__)
 
@@ -74,24 +73,11 @@ def _segment_all(
     segmenter: Segmenter, scans: Sequence[Case], how: Inference, cut: Cut, current: Run
 ) -> tuple[pd.DataFrame, list[str]]:
     preparation = Preparation.from_dict(segmenter.description.preparation)
-    rows: list[dict[str, Any]] = []
-    failures: list[str] = []
-    left = sum(not _done(current.folder, scan).exists() for scan in scans)
-    if left < len(scans):
-        log.info("%d of %d scans are segmented already", len(scans) - left, len(scans))
-    with ProgressBars() as bars, bars.add("segmenting", total=left, unit="scans", passing=True) as bar:
-        for scan in scans:
-            done = _done(current.folder, scan)
-            if not done.exists():
-                try:
-                    write_json(done, _segment(segmenter, scan, preparation, how, cut, current.folder / scan.case_id))
-                except InputError as error:
-                    failures.append(str(error))
-                    log.error("%s", error)
-                bar.advance(1)
-            if done.exists():
-                rows.append(json.loads(done.read_text()))
-    table = pd.DataFrame(rows)
+
+    def segment(number: int, folder: Path) -> dict[str, Any]:
+        return _segment(segmenter, scans[number], preparation, how, cut, folder)
+
+    table, failures = segment_each([scan.case_id for scan in scans], current.folder, segment, "scans")
     with atomic_path(current.folder / "volumes.csv") as temporary:
         table.to_csv(temporary, index=False)
     return table, failures
@@ -140,10 +126,6 @@ def _write_dicom(path: Path, mask: np.ndarray, like: Volume, labels: Sequence[st
         write_dicom_seg(path, mask, like, labels)
     except InputError as error:  # the mask is there as NIfTI in any case
         log.warning("%s", error)
-
-
-def _done(folder: Path, scan: Case) -> Path:
-    return folder / scan.case_id / "result.json"
 
 
 def _report(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,14 +14,14 @@ from rich.console import Console
 from rich.table import Table
 
 from tasks.common import plots
-from tasks.common.checkpoints import fold_name
 from tasks.common.crossval import Fold
 from tasks.common.files import atomic_path
-from tasks.common.report import Report, format_value
+from tasks.common.report import Report
 from tasks.common.result_report import add_figures
 from tasks.common.segmentation.metrics_plots import bland_altman_plot, dice_by_volume, metric_per_fold, recall_by_volume
 from tasks.common.segmentation.pictures import volume_figure
-from tasks.common.segmentation.summary import metric_label, metrics_table, volume_table
+from tasks.common.segmentation.reporting import add_run_details, is_missing, key_figures, learning_curves, with_interval
+from tasks.common.segmentation.summary import metrics_table, volume_table
 from tasks.common.volumes.reading import read_label
 from tasks.meningioma.cases import CaseSet
 from tasks.meningioma.outcomes import growth_table
@@ -52,7 +50,7 @@ def write_report(
     """Write ``report.html``, ``plots/``, ``worst/`` and, where patients have several dated scans, ``growth.csv``."""
     report = Report(title or f"Segmentation with {metrics['network']}", _subtitle(metrics))
     report.add_heading("Results on cases the networks had not seen" if folds else "Results")
-    report.add_key_figures(key_figures(metrics))
+    report.add_key_figures(key_figures(metrics, KEY))
     report.add_notes(metrics["notes"])
     if "baseline" in metrics:
         baseline = metrics["baseline"]
@@ -75,30 +73,14 @@ def write_report(
     if (folder / "cases.csv").exists():
         facts = pd.read_csv(folder / "cases.csv")
         report.add_details("What the set holds", facts.round(2).to_string(index=False))
-    if (folder / "config.yaml").exists():
-        report.add_details("Configuration", (folder / "config.yaml").read_text())
-        versions = json.loads((folder / "run.json").read_text())["versions"]
-        report.add_details("Versions", json.dumps(versions, indent=2))
+    add_run_details(report, folder)
     report.write(folder / "report.html")
-
-
-def key_figures(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """The numbers a reader looks for first: label, value, interval."""
-    figures = []
-    for name in KEY:
-        row = metrics["pooled"].get(name)
-        if row is not None and not _missing(row["value"]):
-            span = "" if _missing(row["low"]) else f"{format_value(row['low'])} – {format_value(row['high'])}"
-            figures.append((metric_label(name), format_value(row["value"]), span))
-    if "baseline" in metrics:
-        figures.append(("Dice of thresholding", format_value(metrics["baseline"]["dice"]), "for comparison"))
-    return figures
 
 
 def print_result(metrics: dict[str, Any]) -> None:
     """The key figures on standard output."""
     table = Table(title=f"{metrics['network']}: {_subtitle(metrics)}", show_header=False, title_justify="left")
-    for label, value, span in key_figures(metrics):
+    for label, value, span in key_figures(metrics, KEY):
         table.add_row(label, f"{value} ({span})" if span else value)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
@@ -113,8 +95,8 @@ def _convention_rows(metrics: dict[str, Any]) -> list[dict[str, str]]:
     for name, values in metrics["conventions"].items():
         row = {"Convention": name}
         for rate, label in _RATES.items():
-            row[label] = _with_interval(values.get(f"patient_{rate}"))
-        row["Dice-TP"] = _with_interval(values.get("dice_tp"))
+            row[label] = with_interval(values.get(f"patient_{rate}"))
+        row["Dice-TP"] = with_interval(values.get("dice_tp"))
         rows.append(row)
     return rows
 
@@ -122,19 +104,9 @@ def _convention_rows(metrics: dict[str, Any]) -> list[dict[str, str]]:
 def _object_rows(metrics: dict[str, Any]) -> list[dict[str, str]]:
     objects = metrics["objects"]
     return [
-        {"Objects": label, "Share": _with_interval(objects[name]), "Of": str(objects[name]["of"])}
+        {"Objects": label, "Share": with_interval(objects[name]), "Of": str(objects[name]["of"])}
         for name, label in _OBJECTS.items()
     ]
-
-
-def _with_interval(row: dict[str, float] | None) -> str:
-    if row is None or _missing(row["value"]):
-        return "–"
-    return f"{row['value']:.3f} ({row['low']:.3f} – {row['high']:.3f})"
-
-
-def _missing(value: float | None) -> bool:
-    return value is None or math.isnan(value)
 
 
 def _figures(folds: Sequence[Fold], table: pd.DataFrame, metrics: dict[str, Any], folder: Path) -> dict[str, Figure]:
@@ -150,15 +122,7 @@ def _figures(folds: Sequence[Fold], table: pd.DataFrame, metrics: dict[str, Any]
         figures["volume_agreement"] = bland_altman_plot(there["predicted_ml"], there["reference_ml"])
     if "fold" in table and table["fold"].nunique() > 1:
         figures["dice_by_fold"] = metric_per_fold(table)
-    histories, best = [], {}
-    for fold in folds:
-        place = folder / fold_name(fold)
-        if (place / "history.csv").exists():
-            histories.append(pd.read_csv(place / "history.csv").assign(fold=fold.index))
-            best[fold.index] = int(json.loads((place / "metrics.json").read_text())["epoch"])
-    if histories:
-        figures["learning_curves"] = plots.learning_curves(pd.concat(histories), best_epochs=best)
-    return figures
+    return figures | learning_curves(folds, folder)
 
 
 def _add_growth(report: Report, cases: CaseSet, table: pd.DataFrame, cfg: DictConfig, folder: Path) -> None:
@@ -187,7 +151,7 @@ def _add_worst(report: Report, cases: CaseSet, table: pd.DataFrame, count: int, 
         predicted = read_label(folder / row["mask"]).data
         drawn = volume_figure(image.data, image.affine, cases.read_label(case).data, predicted)
         path = plots.save_png(drawn, folder / "worst" / f"{number:02d}.png")
-        dice = "no structure" if _missing(row["dice"]) else f"Dice {row['dice']:.3f}"
+        dice = "no structure" if is_missing(row["dice"]) else f"Dice {row['dice']:.3f}"
         caption = f"{case.case_id}: {dice}; {row['reference_ml']:.2f} ml in the reference, {row['predicted_ml']:.2f} ml"
         pictures.append((path, f"{caption} predicted"))
     report.add_heading("Worst cases")

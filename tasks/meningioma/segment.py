@@ -13,7 +13,6 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from tasks.common.segmentation.checkpoint import Segmenter
-from tasks.common.segmentation.fitting import plain
 from tasks.common.segmentation.inference import Inference, drop_small
 from tasks.common.segmentation.overlap import voxel_volume_ml
 from tasks.meningioma.preparation import Prepared
@@ -38,20 +37,6 @@ class Cut:
         """From the section ``inference``, with the cut-off that the validation cases chose."""
         chosen = {"search": searched, "argmax": None}.get(settings.cutoff, settings.cutoff)
         return cls(None if chosen is None else float(chosen), bool(settings.cut_first), float(settings.smallest_ml))
-
-
-def inference_of(segmenter: Segmenter, settings: DictConfig) -> Inference:
-    """How the segmenter sees images, with the settings of a task's section ``inference``."""
-    stored = segmenter.description.how()
-    axes = plain(settings.flip_axes)
-    return Inference(
-        stored.patch_size,
-        settings.overlap,
-        settings.batch_size,
-        settings.flips,
-        None if axes is None else tuple(axes),
-        settings.amp,
-    )
 
 
 def probabilities_of(

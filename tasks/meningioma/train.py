@@ -23,7 +23,7 @@ from tasks.common.folds import Samples, only_these, plan_folds, run_folds
 from tasks.common.progress import ProgressBars
 from tasks.common.runs import Run, open_run
 from tasks.common.samplers import EpochSampler
-from tasks.common.segmentation.checkpoint import Description, Segmenter, save_segmenter
+from tasks.common.segmentation.checkpoint import Description, Segmenter, inference_of, save_segmenter
 from tasks.common.segmentation.cutoff import best_cutoff, cutoff_counts
 from tasks.common.segmentation.fitting import check_training, fit_network
 from tasks.common.segmentation.inference import sliding_logits
@@ -38,7 +38,7 @@ from tasks.meningioma.outcomes import Outcomes, read_outcomes, summarise
 from tasks.meningioma.preparation import Preparation
 from tasks.meningioma.report import print_result, write_report
 from tasks.meningioma.scoring import Scoring
-from tasks.meningioma.segment import Cut, inference_of, probabilities_of
+from tasks.meningioma.segment import Cut, probabilities_of
 
 log = logging.getLogger(__name__)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from kernels.errors import InputError
@@ -88,6 +89,14 @@ class Segmenter:
     ) -> Tensor:
         """Probabilities (K, *spatial) on the CPU of a prepared image (C, *spatial)."""
         return predict_probabilities(self.models, image, how or self.description.how(), self.device, on_step)
+
+
+def inference_of(segmenter: Segmenter, settings: DictConfig) -> Inference:
+    """How the segmenter sees images, with the settings of a task's section ``inference``."""
+    stored = segmenter.description.how()
+    axes = None if settings.flip_axes is None else tuple(settings.flip_axes)
+    overlap, batch_size, amp = settings.overlap, settings.batch_size, settings.amp
+    return Inference(stored.patch_size, overlap, batch_size, settings.flips, axes, amp)
 
 
 def save_segmenter(path: Path, task: str, model: nn.Module, description: Description) -> None:

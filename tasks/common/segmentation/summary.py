@@ -29,15 +29,17 @@ CASE_METRIC_LABELS = {
     "patient_specificity": "Specificity (patient-wise)",
     "patient_accuracy": "Accuracy (patient-wise)",
     "patient_balanced_accuracy": "Balanced accuracy (patient-wise)",
-    "sensitivity": "Sensitivity (voxels)",
-    "specificity": "Specificity (voxels)",
-    "precision": "Precision (voxels)",
-    "accuracy": "Accuracy (voxels)",
+    "sensitivity": "Sensitivity (of places)",
+    "specificity": "Specificity (of places)",
+    "precision": "Precision (of places)",
+    "accuracy": "Accuracy (of places)",
     "mae": "Mean absolute error",
     "nsd": "Surface Dice",
     "hd95": "HD95 (mm)",
+    "hd95_px": "HD95 (pixels)",
     "hd100": "Hausdorff distance (mm)",
     "assd": "Mean surface distance (mm)",
+    "assd_px": "Mean surface distance (pixels)",
     "asd_reference_to_predicted": "Mean distance reference to predicted (mm)",
     "asd_predicted_to_reference": "Mean distance predicted to reference (mm)",
     "cldice": "clDice",
@@ -49,7 +51,16 @@ CASE_METRIC_LABELS = {
     "object_recall": "Recall (voxels of objects)",
     "object_precision": "Precision (voxels of objects)",
 }
-_SURFACE = ("nsd", "hd95", "hd100", "assd", "asd_reference_to_predicted", "asd_predicted_to_reference")
+_SURFACE = (
+    "nsd",
+    "hd95",
+    "hd95_px",
+    "hd100",
+    "assd",
+    "assd_px",
+    "asd_reference_to_predicted",
+    "asd_predicted_to_reference",
+)
 _OF_EACH_CLASS = ("patient_recall", "dice_tp")  # the others need cases without a structure
 
 
@@ -145,8 +156,8 @@ def metric_label(name: str) -> str:
     ('Surface Dice at 2 mm', 'Dice, tumour', 'my_metric')
     """
     base, _, of = name.partition("/")
-    if base.startswith("nsd_") and base.endswith("mm"):
-        label = f"{CASE_METRIC_LABELS['nsd']} at {base[4:-2]} mm"
+    if base.startswith("nsd_") and base.endswith(("mm", "px")):
+        label = f"{CASE_METRIC_LABELS['nsd']} at {base[4:-2]} {base[-2:]}"
     else:
         label = CASE_METRIC_LABELS.get(base, base)
     return f"{label}, {of}" if of else label
