@@ -15,7 +15,17 @@ from rich.table import Table
 from tasks.common.files import atomic_path
 from tasks.common.runs import COMPARISON
 
-_SHOWN = ("auc", "f1_macro", "balanced_accuracy", "accuracy", "accuracy_top5", "kappa_quadratic")
+_SHOWN = (
+    "dice",
+    "iou",
+    "cldice",
+    "auc",
+    "f1_macro",
+    "balanced_accuracy",
+    "accuracy",
+    "accuracy_top5",
+    "kappa_quadratic",
+)
 # What a model costs, where the task says so, with how it is written.
 _COST = {"parameters": "{:,.0f}", "flops": "{:.3g}", "images_per_second": "{:.4g}"}
 
@@ -42,7 +52,7 @@ def write_comparison(outcomes: Sequence[tuple[list[str], Path, dict[str, Any] | 
     path = Path(rows[0]["folder"]).parent / COMPARISON
     with atomic_path(path) as temporary:
         frame.to_csv(temporary, index=False)
-    table = Table(title="Pooled over folds, with 95 % intervals over patients")
+    table = Table(title="Over all folds, with intervals over patients")
     table.add_column("job", overflow="fold", min_width=24)
     shown = [name for name in _SHOWN if name in frame]
     for name in shown:

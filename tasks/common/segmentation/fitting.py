@@ -11,10 +11,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from kernels.errors import InputError
+from kernels.errors import InputError, unknown_name
 from tasks.common.optimisation import Recipe, check_recipe
 from tasks.common.progress import ProgressBars
-from tasks.common.segmentation.losses import DeepSupervision
+from tasks.common.segmentation.losses import LOSSES, DeepSupervision, Loss
 from tasks.common.segmentation.memory import explain_out_of_memory
 from tasks.common.segmentation.module import Forward, SegmentationModule
 from tasks.common.training import EpochSampler, Fitted, Plan, check_accelerator, fit
@@ -50,8 +50,12 @@ def plan_of(settings: DictConfig, validated: bool) -> Plan:
     )
 
 
-def check_training(cfg: DictConfig, classes: int) -> DeepSupervision:
+def check_training(cfg: DictConfig, classes: int, own: Mapping[str, Loss] | None = None) -> DeepSupervision:
     """The loss of ``training``, once nothing in ``training`` and ``trainer`` would end the run later.
+
+    Args:
+        classes: K, with the background.
+        own: losses of the task, by name, beside those that all tasks have.
 
     Raises:
         InputError: a setting that cannot be followed.
@@ -61,7 +65,10 @@ def check_training(cfg: DictConfig, classes: int) -> DeepSupervision:
     plan_of(cfg.training, validated=True)
     if cfg.training.batch_size < 1:
         raise InputError(f"training.batch_size={cfg.training.batch_size} must be 1 or more.")
-    return DeepSupervision(str(cfg.training.loss), classes, plain(cfg.training.level_weights))
+    known, name = {**LOSSES, **(own or {})}, str(cfg.training.loss)
+    if name not in known:
+        raise unknown_name("training.loss", name, known)
+    return DeepSupervision(known[name], classes, plain(cfg.training.level_weights))
 
 
 def fit_network(

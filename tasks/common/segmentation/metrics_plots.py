@@ -19,6 +19,7 @@ from tasks.common.plots import PALETTE, class_colour
 from tasks.common.segmentation.agreement import Unit, bland_altman, differences, volume_pairs
 from tasks.common.segmentation.patientwise import VOLUME_LIMIT_ML
 from tasks.common.segmentation.ranking import PixelRanking
+from tasks.common.segmentation.ranking_counts import RankingCounts
 
 _GREY = "#8a8a8a"
 _DASHED = (0, (4, 4))
@@ -136,7 +137,7 @@ def metric_per_fold(table: pd.DataFrame, metric: str = "dice", label: str = "Dic
     return figure
 
 
-def pixel_curves(rankings: Mapping[str, PixelRanking]) -> Figure:
+def pixel_curves(rankings: Mapping[str, PixelRanking | RankingCounts]) -> Figure:
     """ROC and precision-recall curves of pixels, side by side, a line for each name.
 
     Raises:
@@ -150,8 +151,7 @@ def pixel_curves(rankings: Mapping[str, PixelRanking]) -> Figure:
         roc.plot(np.r_[0, fpr], np.r_[0, recall], color=colour, linewidth=2, label=f"{name}  AUC {ranking.auc:.4f}")
         label = f"{name}  AP {ranking.average_precision:.4f}"
         recall_precision.step(recall, precision, where="pre", color=colour, linewidth=2, label=label)
-        share = len(ranking.inside) / (len(ranking.inside) + len(ranking.outside))
-        recall_precision.axhline(share, color=colour, linewidth=0.8, linestyle=_DASHED, zorder=0)
+        recall_precision.axhline(ranking.prevalence, color=colour, linewidth=0.8, linestyle=_DASHED, zorder=0)
     roc.plot([0, 1], [0, 1], color=_GREY, linewidth=1, linestyle=_DASHED, zorder=0)
     roc.set(xlabel="1 − specificity", ylabel="Sensitivity")
     recall_precision.set(xlabel="Recall", ylabel="Precision")

@@ -25,7 +25,8 @@ class SegmentationModule(L.LightningModule):
 
     Args:
         forward: logits of whole images (B, C, *spatial) in validation; the network itself when left out.
-        freeze: called with the module and the epoch at the start of each epoch, for parts that are trained later.
+        freeze: called with the network and the epoch before the first batch of each epoch, for parts that are
+            trained later.
     """
 
     def __init__(
@@ -42,8 +43,9 @@ class SegmentationModule(L.LightningModule):
         self._freeze = freeze
         self._outcomes: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def on_train_epoch_start(self) -> None:
-        if self._freeze is not None:
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # Not at the start of the epoch, a hook that is left out for the epoch that a stopped run goes on with.
+        if self._freeze is not None and batch_idx == 0:
             self._freeze(self.model, self.current_epoch)
 
     def training_step(self, batch: Batch, _batch_index: int) -> Tensor:

@@ -25,6 +25,11 @@ class PixelRanking:
     inside: NDArray
     outside: NDArray
 
+    @property
+    def prevalence(self) -> float:
+        """Share of the pixels that are inside."""
+        return len(self.inside) / max(1, len(self.inside) + len(self.outside))
+
     @cached_property
     def auc(self) -> float:
         """Area under the ROC curve: the share of pairs in the right order, ties one half; NaN if a side is empty."""
