@@ -52,19 +52,22 @@ class _Look:
     digest: str
 
 
-def check_set(images: ImageSet2D, store: Store, more: Sequence[str] = ()) -> Checked:
+def check_set(images: ImageSet2D, store: Store, more: Sequence[str] = (), foreground: bool = True) -> Checked:
     """:func:`check_images` of a whole set, refused with every problem at once.
+
+    Args:
+        foreground: every class must have pixels, so that it can be learnt.
 
     Raises:
         InputError: ``more`` problems, or files that cannot be used.
     """
-    checked = check_images(images, store)
+    checked = check_images(images, store, foreground)
     if problems := [*checked.problems, *more]:
         raise InputError(listed(problems))
     return checked
 
 
-def check_images(images: ImageSet2D, store: Store) -> Checked:
+def check_images(images: ImageSet2D, store: Store, foreground: bool = True) -> Checked:
     """Read every image, mask, field of view and second reading once; none that fails stops the others.
 
     What is read is kept in ``store`` while there is room.
@@ -90,7 +93,7 @@ def check_images(images: ImageSet2D, store: Store) -> Checked:
                     pixels[sample.case_id], sizes[sample.case_id] = found.pixels, found.size
                     copies[found.digest].append(sample)
                 bar.advance(1)
-    if len(pixels) == len(images.samples):
+    if foreground and len(pixels) == len(images.samples):
         problems += _missing_classes(images, pixels)
     notes = [*_copies(list(copies.values())), *_empty(pixels), *_lossy(images)]
     return Checked(pixels, sizes, problems, notes)

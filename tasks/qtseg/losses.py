@@ -10,7 +10,7 @@ where a pixel is to count for nothing, such as outside of the field of view.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -65,6 +65,20 @@ class SelfGuidedLoss(nn.Module):
         """The loss, a scalar, of what :meth:`SelfGuided.forward_training` gives."""
         entropies = [cross_entropy(logits, target, valid) for logits in levels]
         return torch.stack([*entropies, *auxiliary.values()]).sum()
+
+
+def as_common(form: Literal["released", "mean"] = "released") -> Callable[[Tensor, Tensor], Tensor]:
+    """:class:`QTSegLoss` as a function of logits and shares of the classes (B, K, H, W), all 0 where nothing counts.
+
+    On a level coarser than the labels, a cell has the class that fills most of it.
+    """
+    loss = QTSegLoss(form)
+
+    def of_shares(logits: Tensor, shares: Tensor) -> Tensor:
+        value: Tensor = loss(logits, shares.argmax(1), shares.sum(1) > 0)
+        return value
+
+    return of_shares
 
 
 def cross_entropy(logits: Tensor, target: Tensor, valid: Tensor | None = None) -> Tensor:
