@@ -1,6 +1,7 @@
 """Benchmarks, ours beside a peer in one run: ``python -m tasks.bench [TASK ...] [--json FILE]``.
 
-Each section is a module with ``rows() -> Iterator[BenchRow]``.
+Each section is a module with ``rows() -> Iterator[BenchRow]``. With ``--matrix``, every combination of a task's parts
+is tried instead, and the exit code says whether all could be.
 """
 
 from __future__ import annotations
@@ -25,9 +26,12 @@ from tasks.common.files import atomic_path
 
 SECTIONS = {
     "wsi_mil": {"training": "tasks.wsi_mil.bench_training", "slides": "tasks.wsi_mil.bench_slides"},
+    "qtseg": {"data": "tasks.qtseg.bench_data", "networks": "tasks.qtseg.bench_networks"},
     "backbones": {"throughput": "tasks.common.bench_backbones"},
 }
 """The module of each section, by what is benchmarked."""
+MATRICES = {"qtseg": "tasks.qtseg.bench_networks"}
+"""The module whose ``matrix()`` tries everything that a task can be put together from, by task."""
 
 _log = logging.getLogger(__name__)
 
@@ -38,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tasks.bench", description="Time the toolkit beside its peers.")
     parser.add_argument("task", nargs="*", help=f"which task's benchmarks: {', '.join(SECTIONS)} (default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
+    parser.add_argument("--matrix", action="store_true", help="one training step with every backbone and attention")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw what can be drawn (backbones) as PNG")
     chosen = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 160)
@@ -45,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for task in chosen.task:
             if task not in SECTIONS:
                 raise unknown_name("task", task, SECTIONS)
+        if chosen.matrix:
+            return max([run_matrix(task, console) for task in chosen.task or MATRICES], default=0)
         rows = [row for task in chosen.task or SECTIONS for row in _task_rows(task, console)]
         if chosen.plot is not None:
             from tasks.common.bench_backbones import plot
@@ -58,6 +65,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Console(stderr=True, soft_wrap=True, highlight=False).print(str(error), markup=False)
         return 1
     return 0
+
+
+def run_matrix(task: str, console: Console) -> int:
+    """Try all that a task can be put together from, a line for each; 1 where anything fails, else 0.
+
+    Raises:
+        InputError: the task has no such list.
+    """
+    if task not in MATRICES:
+        raise InputError(f"--matrix is there for {', '.join(MATRICES)}, not for {task}.")
+    tried = failed = 0
+    for outcome in importlib.import_module(MATRICES[task]).matrix():
+        tried, failed = tried + 1, failed + (not outcome.ok)
+        console.print(f"{'ok    ' if outcome.ok else 'FAILED'} {outcome.name}: {outcome.said}", markup=False)
+    console.print(f"{task}: {tried - failed} of {tried} combinations can be trained and used")
+    return int(failed > 0)
 
 
 def _task_rows(task: str, console: Console) -> Iterator[BenchRow]:

@@ -1,7 +1,9 @@
 """The benchmark command: tables, JSON, absent sections, misspelt tasks."""
 
 import json
+import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,36 @@ def test_a_section_that_is_not_there_is_said_to_be_absent(
     monkeypatch.setattr(bench, "SECTIONS", {"wsi_mil": {"nothing": "tasks.wsi_mil.bench_nothing"}})
     assert bench.main([]) == 0
     assert "wsi_mil nothing: absent, there is no tasks.wsi_mil.bench_nothing" in capsys.readouterr().out
+
+
+@dataclass
+class Tried:
+    """An outcome as a matrix gives it; this module stands in for one."""
+
+    name: str
+    ok: bool
+    said: str
+
+
+OUTCOMES = [Tried("backbone one", True, "1.0 M parameters"), Tried("mixer two", True, "2.0 M parameters")]
+
+
+def matrix() -> Iterator[Tried]:
+    """What a matrix gives."""
+    yield from OUTCOMES
+
+
+def test_a_matrix_fails_when_one_of_its_combinations_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "MATRICES", {"qtseg": __name__})
+    assert bench.main(["qtseg", "--matrix"]) == 0
+    assert "2 of 2 combinations" in capsys.readouterr().out
+    monkeypatch.setattr(sys.modules[__name__], "OUTCOMES", [*OUTCOMES, Tried("gate [x]", False, "RuntimeError: no")])
+    assert bench.main(["--matrix"]) == 1
+    assert "FAILED gate [x]: RuntimeError: no" in capsys.readouterr().out
+    assert bench.main(["wsi_mil", "--matrix"]) == 1
+    assert "--matrix is there for qtseg" in capsys.readouterr().err
 
 
 def test_a_misspelt_task_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,10 +26,10 @@ def squares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("overrides", "sentence"),
     [
         (["data.preset=isic2061"], "Did you mean 'isic2016'"),
-        (["data.preset=drive", "data.path=set"], "train"),
+        (["data.preset=drive"], "a CSV goes with data.preset=folders"),
         (["decoder=unett"], "Did you mean 'unet'"),
         (["decoder=no.such:Class"], "cannot be imported"),
-        (["decoder.widht=3"], "has no parameter"),
+        (["decoder.widht=3"], "Did you mean 'decoder.width'"),
         (["backbone=resnet81"], "Did you mean 'resnet18'"),
         (["backbone=test_resnet", "backbone.checkpoint=nowhere.safetensors"], "nowhere.safetensors does not exist"),
         (["decoder=attention_unet", "backbone=test_resnet"], "has an encoder of its own"),
