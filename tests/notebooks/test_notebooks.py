@@ -62,6 +62,18 @@ def test_the_classification_notebook_compares_modules_at_their_cost(
     assert (tmp_path / "sweep" / "comparison.csv").is_file()
 
 
+@pytest.mark.slow
+def test_the_segmentation_notebook_goes_from_images_to_outlines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notebook = executed(ROOT / "notebooks" / "qtseg.ipynb", tmp_path, monkeypatch)
+    found = re.search(r"Dice of the threshold: ([\d.]+), of the network: ([\d.]+)", text_of(notebook))
+    assert found is not None and 0 < float(found[1]) < 1
+    assert pictures_in(notebook) == 4
+    assert (tmp_path / "sweep" / "comparison.csv").is_file()
+    assert (tmp_path / "predicted" / "lesion_000" / "contours.geojson").is_file()
+
+
 def test_every_notebook_is_run_by_a_test_here() -> None:
     assert NOTEBOOKS
     source = Path(__file__).read_text()
