@@ -80,7 +80,7 @@ def run(cfg: DictConfig, out: Path) -> dict[str, Any]:
             "network": description.title,
             "checkpoint": str(cfg.checkpoint),
             "cutoff": cut.cutoff,
-            **summarise(table, images, scoring, rankings, cfg),
+            **summarise(table, images, scoring, rankings, cfg, chosen_here=False),
         }
         metrics["notes"] = [*metrics["notes"], *notes]
         if seen:

@@ -27,7 +27,7 @@ from tasks.common.segmentation.new_cases import segment_each
 from tasks.qtseg.images import read_image
 from tasks.qtseg.mask_files import colours_of, write_mask
 from tasks.qtseg.model import load
-from tasks.qtseg.outcomes import RELEASED_NOTE, write_probabilities
+from tasks.qtseg.outcomes import CHOSEN_ON_TEST, write_probabilities
 from tasks.qtseg.pictures import write_outlines
 from tasks.qtseg.places import refuse_within
 from tasks.qtseg.predict_inputs import NewImage, find_images, fingerprint_of
@@ -116,7 +116,7 @@ def _report(segmenter: Segmenter, table: pd.DataFrame, failures: list[str], cfg:
     description = segmenter.description
     report = Report(f"Segmentation with {description.title}", f"{len(table)} images; checkpoint {cfg.checkpoint}")
     released = description.training.get("protocol") == "released"
-    report.add_notes([*([RELEASED_NOTE] if released else []), *failures])
+    report.add_notes([*([f"Of the run that trained this network: {CHOSEN_ON_TEST}"] if released else []), *failures])
     report.add_text("For research use; not a medical device. Areas are those of the pixels in the mask.")
     if len(table):
         report.add_heading("Areas")

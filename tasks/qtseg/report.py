@@ -73,7 +73,7 @@ def write_report(
 
 def print_result(metrics: dict[str, Any]) -> None:
     """The key figures on standard output."""
-    released = "RELEASED PROTOCOL, chosen on the test images; " if metrics["protocol"] == "released" else ""
+    released = "RELEASED PROTOCOL; " if metrics["protocol"] == "released" else ""
     title = f"{metrics['network']}: {released}{_subtitle(metrics)}"
     table = Table(title=title, show_header=False, title_justify="left")
     for label, value, span in key_figures(metrics, KEY):

@@ -110,7 +110,7 @@ def cross_validate(study: Study, cfg: DictConfig, current: Run, baseline: Baseli
     rankings = read_rankings(table, folder)
     metrics = {
         "network": study.description.title,
-        **summarise(table, study.images, study.scoring, rankings, cfg),
+        **summarise(table, study.images, study.scoring, rankings, cfg, chosen_here=study.scoring.released),
         "cost": _cost(study, cfg),
     }
     metrics["notes"] = [*metrics["notes"], *study.notes]

@@ -21,7 +21,7 @@ from tasks.qtseg.data import folds_of, load_images
 from tasks.qtseg.demo.baseline import threshold_baseline
 from tasks.qtseg.model import TASK as NAME
 from tests.qtseg.data.files import settings
-from tests.qtseg.squares import read_picture, write_set
+from tests.qtseg.squares import read_picture, square, write_set
 
 QUICK = [
     "decoder=unet", "decoder.width=4", "decoder.depth=3", "data.img_size=48", "data.augment.policy=light",
@@ -154,6 +154,7 @@ def test_the_released_protocol_is_labelled_wherever_it_shows(squares: Path, caps
     assert "RELEASED PROTOCOL" in capsys.readouterr().out
     metrics = read("run")
     assert metrics["protocol"] == "released" and "too good" in metrics["notes"][0]
+    assert "counted at the network's size" in metrics["notes"][1]
     assert set(metrics["pooled"]) == {"dice", "iou", "accuracy", "mae"} and "auc" not in metrics["pixels"]
     assert metrics["pooled"]["mae"]["value"] == pytest.approx(1 - metrics["pooled"]["accuracy"]["value"])
     report = Path("run/report.html").read_text()
@@ -167,6 +168,22 @@ def test_the_released_protocol_is_labelled_wherever_it_shows(squares: Path, caps
     new = ["action=predict", "checkpoint=run", "input=set/images/case_00.png", "out=new", "inference.device=cpu"]
     assert main(TASK, new) == 0
     assert "the epoch was chosen on the very images" in Path("new/report.html").read_text()
+
+
+def test_a_second_reader_is_scored_by_the_same_rules(squares: Path) -> None:
+    children = Path("chase")
+    children.mkdir()
+    for number in (1, 2, 3, 11, 12):
+        for side in "LR":
+            image, mask = square(number, (40, 40))
+            Image.fromarray(image).save(children / f"Image_{number:02d}{side}.jpg")
+            Image.fromarray(mask).save(children / f"Image_{number:02d}{side}_1stHO.png")
+            Image.fromarray(np.roll(mask, 2, 0)).save(children / f"Image_{number:02d}{side}_2ndHO.png")
+    assert train("data.preset=chase", "training.epochs=1", data="chase") == 0
+    second, own = read("run")["second_reader"], read("run")
+    assert second["cases"] == own["cases"] == 4 and own["patients"] == 2
+    assert 0.7 < second["pooled"]["dice"]["value"] < 1 and "auc" not in second["pooled"]
+    assert "cldice" in second["pooled"] and "Second reader" in Path("run/report.html").read_text()
 
 
 def test_fields_of_view_vessels_and_empty_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
