@@ -47,7 +47,7 @@ class Cross(AttentionModule):
         Raises:
             InputError: shapes do not fit.
         """
-        fits = q.dim() == 3 == kv.dim() and q.shape[2] == kv.shape[2] == self.dim and len(q) == len(kv)
+        fits = q.dim() == 3 == kv.dim() and q.shape[2] == kv.shape[2] == self.dim and q.shape[0] == kv.shape[0]
         if not fits:
             raise InputError(
                 f"attention '{self.name}' takes queries (B, M, {self.dim}) and tokens (B, N, {self.dim}); got "

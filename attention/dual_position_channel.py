@@ -98,12 +98,16 @@ class ChannelAttention(nn.Module):
     def branch(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What is added to (B, C, *spatial), and the weights (B, C, C) of input channels (columns)."""
         flat = x.flatten(2)
+        weights = self.weights(flat)
+        return (self.gamma * (weights @ flat)).unflatten(2, x.shape[2:]), weights
+
+    def weights(self, flat: Tensor) -> Tensor:
+        """The weights (B, C, C), from each output channel (rows) to each input channel, for (B, C, N)."""
         # Products over all places are large and decide alone; rounded, or beyond float16, they would decide otherwise.
-        with precisely(x):
+        with precisely(flat):
             products = wide(flat) @ wide(flat).mT
             weights = torch.softmax(-products, -1) if self.form == "danet" else torch.softmax(products, -1).mT
-        weights = weights.to(x.dtype)
-        return (self.gamma * (weights @ flat)).unflatten(2, x.shape[2:]), weights
+        return weights.to(flat.dtype)
 
 
 @register("dual_position_channel", kind="gate")

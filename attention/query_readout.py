@@ -5,7 +5,8 @@ transformer: inner width halved, positions added to queries and keys, normalisat
 al., QTSeg, arXiv 2412.17241, take over. With learned queries and normalisation in front it is the readout of
 Perceiver-like models (Jaegle et al., ICML 2021, arXiv 2103.03206).
 
-With few queries the tokens are not projected (see :mod:`attention.folding`).
+With few queries the tokens are not projected; where many queries read few tokens, the queries are not (see
+:mod:`attention.folding`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from attention.about import About
 from attention.cost import Part, attend, elementwise, projection
 from attention.cross import Cross
-from attention.folding import Folded, folded_cost, folds, read_folded
+from attention.folding import Folded, ask_folded, asking_cost, folded_cost, folds, read_folded
 from attention.layout import heads_first, split_heads, weights_of
 from attention.masking import blank, key_mask
 from attention.parameters import NotNegative, Probability
@@ -141,14 +142,20 @@ class QueryReadout(Cross):
         values = self.norm_kv(kv)  # of finite tokens, masked ones too
         keys = values if kv_pos is None else blank(values + kv_pos, mask)
         asking = self.norm_q(q)
-        wanted = self.q_proj(asking if q_pos is None else asking + q_pos)
+        asking = asking if q_pos is None else asking + q_pos
+        weights: Tensor | None
         if folds(q.shape[1], self.num_heads, self.dim, self.inner):
             layers = Folded(self.k_proj, self.v_proj, self.num_heads)
-            found, seen = read_folded(wanted, keys, values, layers, mask)
+            found, seen = read_folded(self.q_proj(asking), keys, values, layers, mask)
+            out, weights = self.out_proj(found), seen.to(q.dtype) if want_weights else None
+        elif folds(kv.shape[1], self.num_heads, self.dim, self.inner):
+            few = self.k_proj(keys), self.v_proj(values)
+            out, seen = ask_folded(asking, *few, self.q_proj, self.out_proj, self.num_heads, mask)
             weights = seen.to(q.dtype) if want_weights else None
         else:
-            found, weights = self._read_projected(wanted, keys, values, mask, want_weights)
-        out = self.proj_drop(self.out_proj(found))
+            found, weights = self._read_projected(self.q_proj(asking), keys, values, mask, want_weights)
+            out = self.out_proj(found)
+        out = self.proj_drop(out)
         out = self.norm(q + out if self.residual else out)
         if self.mlp is not None:
             out = self.norm_mlp(out + self.mlp(out) if self.residual else self.mlp(out))
@@ -170,17 +177,23 @@ class QueryReadout(Cross):
     def cost(self, shape: Sequence[int]) -> list[Part]:
         batch, queries, tokens = shape
         asked = batch * queries
-        parts = [projection("queries", asked, self.dim, self.inner)]
+        parts = []
         if isinstance(self.norm_kv, nn.LayerNorm):
             parts.append(elementwise("normalisation of tokens", batch * tokens * self.dim, flops=8))
         if folds(queries, self.num_heads, self.dim, self.inner):
+            parts.append(projection("queries", asked, self.dim, self.inner))
             parts += folded_cost(batch, queries, tokens, self.num_heads, self.dim, self.inner)
+            parts.append(projection("output", asked, self.inner, self.dim))
+        elif folds(tokens, self.num_heads, self.dim, self.inner):
+            parts.append(projection("keys and values", batch * tokens, self.dim, 2 * self.inner))
+            parts += asking_cost(batch, queries, tokens, self.num_heads, self.dim, self.inner)
         else:
             parts += [
+                projection("queries", asked, self.dim, self.inner),
                 projection("keys and values", batch * tokens, self.dim, 2 * self.inner),
                 attend("attention", asked, tokens, self.inner, batch * tokens),
+                projection("output", asked, self.inner, self.dim),
             ]
-        parts.append(projection("output", asked, self.inner, self.dim))
         if self.mlp is not None:
             inner = self.mlp.get_submodule("lin1").out_features
             assert isinstance(inner, int)

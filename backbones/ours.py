@@ -15,4 +15,5 @@ import backbones.metaformer
 import backbones.nat
 import backbones.nat_isotropic
 import backbones.ninformer
-import backbones.overlock  # noqa: F401
+import backbones.overlock
+import backbones.qtseg_encoder  # noqa: F401

@@ -121,3 +121,24 @@ def test_bad_values_are_refused() -> None:
         make(num_queries=-1)
     with pytest.raises(InputError, match="has none of its own; set num_queries"):
         make()(None, tensors()[1])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_many_queries_read_few_tokens_as_the_matrix_formulation_does(tokens: int, masked: bool) -> None:
+    module = make(norm=None, residual=False).double()
+    q, kv = (t.double() for t in tensors(40, 3))
+    kv = kv[:, : tokens + 1]
+    mask = torch.tensor([True] * tokens + [False]).expand(2, -1) if masked else None
+    seen = kv[:, :tokens] if masked else kv[:, :tokens].clone()
+    read = kv if masked else seen
+    for leaf in (q, read, seen):
+        leaf.requires_grad_()
+    out, weights = module(q, read, mask, return_attention=True)
+    expected = released(module)(q, seen)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(weights[..., :tokens].sum(-1), torch.ones(2, 3, 40, dtype=torch.float64))
+    ours = torch.autograd.grad(out.square().sum(), [q, *module.parameters()])
+    theirs = torch.autograd.grad(expected.square().sum(), [q, *module.parameters()])
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other)

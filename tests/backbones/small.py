@@ -89,6 +89,7 @@ OURS: dict[str, dict[str, Any]] = {
         "focus_mlp_ratios": (2, 2),
     },
     "phikon_v2": _VIT_ENCODER | {"img_size": 64},
+    "qtseg_encoder": {"width": 4},
     "uni": _VIT_ENCODER | {"img_size": 64},
     "uni2_h": _VIT_ENCODER,
     "virchow2": _VIT_ENCODER,
