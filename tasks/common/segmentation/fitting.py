@@ -94,6 +94,8 @@ def fit_network(
         size: of the images or patches that are trained on, to say what would fit when memory runs out.
     """
     recipe = recipe_of(cfg.training)
+    if cfg.training.norm_momentum is not None:
+        set_norm_momentum(network, float(cfg.training.norm_momentum))
     module = SegmentationModule(network, loss, recipe, forward, freeze)
     name = folder.name
     with bars.add(name, total=recipe.epochs, unit="epochs", passing=True) as bar:
@@ -119,6 +121,19 @@ def fit_network(
                 on_epoch=show,
                 tensorboard=bool(cfg.training.tensorboard),
             )
+
+
+def set_norm_momentum(network: nn.Module, momentum: float) -> None:
+    """How quickly all batch normalisations forget: a run of few steps needs more than a published run of many.
+
+    Raises:
+        InputError: not a share.
+    """
+    if not 0 < momentum <= 1:
+        raise InputError(f"training.norm_momentum={momentum} must be more than 0 and at most 1.")
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = momentum
 
 
 def plain(node: Any) -> Any:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attention.conv_norm import wide
 from kernels.errors import InputError
 from tasks.meningioma.networks.blocks import ConvBlock, convolution
 
@@ -65,7 +66,7 @@ class Encoder(nn.Module):
         x = volume
         for level in self.levels:
             if skips:
-                volume = F.avg_pool3d(volume, 2)
+                volume = F.avg_pool3d(wide(volume), 2).to(volume.dtype)  # no average in half precision on a CPU
             skips.append(level(x, volume))
             x = F.max_pool3d(skips[-1], 2)
         return self.bottleneck(x), skips

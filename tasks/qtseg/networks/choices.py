@@ -31,8 +31,7 @@ class Chosen:
         """A gate for each map, of which ``dims`` gives the channels and those of its signal."""
         if self.gate is None:
             return None
-        offers = [{"signal_dim": signal} for _, signal in dims]
-        return [self.gate.build(dim, i, **offer) for i, ((dim, _), offer) in enumerate(zip(dims, offers, strict=True))]
+        return [self.gate.build(dim, i, signal_dim=signal) for i, (dim, signal) in enumerate(dims)]
 
 
 def chosen(entry: Mapping[str, Any] | str | None, takes_mixers: Callable[[], bool], takes_gates: bool) -> Chosen:

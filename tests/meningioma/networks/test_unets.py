@@ -208,6 +208,23 @@ def test_bfloat16_autocast_is_finite_and_near(build: Build) -> None:
 
 
 @NETWORKS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_whole_network_can_be_of_another_precision(build: Build, dtype: torch.dtype) -> None:
+    network = varied(build(filters=SMALL)).eval()
+    x = torch.randn(1, 1, 12, 9, 13)
+    expected = network(x)
+    out = network.to(dtype)(x.to(dtype))
+    assert out.dtype == dtype
+    assert (out - expected).abs().max() < (0.1 if dtype == torch.bfloat16 else 1e-5) * expected.abs().max()
+
+
+def test_the_network_compiles_without_a_break() -> None:
+    network = varied(AGUNet(filters=SMALL)).eval()
+    x = torch.randn(1, 1, 12, 9, 13)
+    torch.testing.assert_close(torch.compile(network, backend="aot_eager", fullgraph=True)(x), network(x))
+
+
+@NETWORKS
 def test_the_network_can_be_exported(build: Build) -> None:
     network = varied(build(filters=SMALL)).eval()
     x = torch.randn(1, 1, 12, 9, 13)
