@@ -28,14 +28,14 @@ class Samples:
 
     Attributes:
         ids: distinct.
-        labels: class of each, or (n, c) 0/1.
+        labels: class of each, (n, c) 0/1, or None where nothing is to be spread evenly.
         patients: never on two sides of a split.
         splits: what the user's table says (train, val, test), or None.
         class_names: (c,) of the columns, for messages.
     """
 
     ids: Sequence[str]
-    labels: Labels
+    labels: Labels | None
     patients: Sequence[str]
     splits: Sequence[str | None]
     class_names: Sequence[str] | None = None

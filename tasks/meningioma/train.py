@@ -119,9 +119,9 @@ def folds_of(cases: CaseSet, table: pd.DataFrame, cfg: DictConfig) -> list[Fold]
     limit = float(cfg.evaluation.limit_ml)
     kinds = [_volume_class(float(volumes[case.case_id]), limit) for case in labelled]
     patients = [case.patient for case in labelled]
-    if min(kinds.count(kind) for kind in set(kinds)) < max(2, int(cfg.crossval.folds)):
-        kinds = ["any"] * len(kinds)  # too few of a kind to deal it out
-    return plan_folds(Samples([c.case_id for c in labelled], kinds, patients, splits), settings, cfg.seed)
+    enough = min(kinds.count(kind) for kind in set(kinds)) >= max(2, int(cfg.crossval.folds))
+    strata = kinds if enough and len(set(kinds)) > 1 else None
+    return plan_folds(Samples([c.case_id for c in labelled], strata, patients, splits), settings, cfg.seed)
 
 
 def _volume_class(ml: float, limit: float) -> str:

@@ -148,7 +148,7 @@ def folds_of(images: ImageSet2D, cfg: DictConfig) -> list[Fold]:
     splits = [s.split for s in samples]
     if settings.splits is None and any(splits):
         settings = OmegaConf.merge(settings, {"splits": "column"})
-    return plan_folds(Samples(ids, strata, patients, splits), settings, cfg.seed)  # type: ignore[arg-type]
+    return plan_folds(Samples(ids, strata, patients, splits), settings, cfg.seed)
 
 
 def listed(problems: Sequence[str], limit: int = 20) -> str:
