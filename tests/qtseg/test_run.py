@@ -9,16 +9,19 @@ import pandas as pd
 import pytest
 import timm
 import torch
+from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tasks.common.cli import help_text, main
+from tasks.common.segmentation.fitting import check_training, recipe_of
 from tasks.common.training import History
 from tasks.qtseg import fold
 from tasks.qtseg.__main__ import TASK, adjust
 from tasks.qtseg.data import folds_of, load_images
 from tasks.qtseg.demo.baseline import threshold_baseline
+from tasks.qtseg.losses import as_common
 from tasks.qtseg.model import TASK as NAME
 from tests.qtseg.data.files import settings
 from tests.qtseg.squares import read_picture, square, write_set
@@ -268,3 +271,20 @@ def test_the_command_line_knows_its_data() -> None:
     assert adjust(["action=predict"]) == ["action=predict"]
     text = help_text(TASK)
     assert "data: segmentation2d, shapes2d" in text and "mil_benchmark" not in text and "released" in text
+
+
+@pytest.mark.parametrize("recipe", ["scratch", "isic", "fives", "vessels", "demo"])
+def test_every_recipe_can_be_followed(recipe: str) -> None:
+    with initialize_config_module(config_module="conf", version_base="1.3"):
+        cfg = compose("qtseg", overrides=[f"recipe={recipe}"])
+    check_training(cfg, 2, {"qtseg": as_common()})
+    rate = recipe_of(cfg.training)
+    found = [rate.rate(epoch) for epoch in (0, 49, 50, 349)]
+    if recipe in ("isic", "fives"):
+        assert rate.epochs == 350 and cfg.training.freeze_epochs == 49 and cfg.training.loss == "qtseg"
+    if recipe == "isic":
+        assert rate.optimizer == "adamw" and found == pytest.approx([1e-3, 1e-3, 5e-4, 1e-3 / 2**6])
+        assert cfg.data.colour == "ycrcb" and cfg.training.weight_decay == 3e-5
+    if recipe == "fives":
+        assert rate.optimizer == "sgd" and rate.momentum == 0.99 and cfg.data.img_size == 1024
+        assert found[:2] == pytest.approx([1e-2, 1e-2 * (1 - 49 / 350) ** 0.9])
