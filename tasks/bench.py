@@ -26,6 +26,7 @@ from tasks.common.files import atomic_path
 
 SECTIONS = {
     "wsi_mil": {"training": "tasks.wsi_mil.bench_training", "slides": "tasks.wsi_mil.bench_slides"},
+    "meningioma": {"data": "tasks.meningioma.bench_data", "networks": "tasks.meningioma.bench_networks"},
     "qtseg": {"data": "tasks.qtseg.bench_data", "networks": "tasks.qtseg.bench_networks"},
     "backbones": {"throughput": "tasks.common.bench_backbones"},
 }
