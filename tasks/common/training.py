@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from kernels.errors import InputError
+from kernels.errors import InputError, unknown_name
 from tasks.common.averaging import AverageLateWeights, ExponentialAverage
 from tasks.common.files import atomic_path, explain_os_errors
 
@@ -72,6 +72,8 @@ class Fitted:
     history: pd.DataFrame
     stopped_early: bool
 
+
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
 
 OnEpoch = Callable[[int, int, Mapping[str, float]], None]
 
@@ -284,6 +286,8 @@ def check_accelerator(options: Mapping[str, Any]) -> None:
         InputError: ``trainer.accelerator`` asks for a GPU and there is none.
     """
     wanted = str(options.get("accelerator", "auto"))
+    if wanted not in ACCELERATORS:
+        raise unknown_name("trainer.accelerator", wanted, ACCELERATORS)
     there = {"gpu": torch.cuda.is_available() or torch.backends.mps.is_available()}
     there |= {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there.get(wanted, True):

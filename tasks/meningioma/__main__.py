@@ -18,7 +18,7 @@ EXAMPLES = (
     ("data=DIR", "5-fold cross-validation; DIR is an nnU-Net folder, a plain folder of cases, or a CSV"),
     ("data=DIR network=daunet training.loss=dice_ce", "another network, another loss"),
     ("data=DIR network=unet3d +attention=polarized_parallel", "a gate on every skip connection"),
-    ("data=DIR data/preparation=sliding network=dynunet", "patches at native resolution instead of whole volumes"),
+    ("data=DIR data.preparation.recipe=sliding network=dynunet", "patches at native resolution instead of whole volumes"),
     ("-m data=DIR network=agunet,daunet,unet", "compare networks"),
     ("action=evaluate checkpoint=RUN data=DIR", "all folds as one ensemble on other cases"),
     ("action=predict checkpoint=RUN input=scan.nii.gz out=DIR", "mask, probabilities and volume in ml"),
@@ -50,7 +50,11 @@ def run(cfg: DictConfig, out: Path) -> dict[str, Any] | None:
 
 
 def adjust(overrides: list[str]) -> list[str]:
-    """``data=DIR`` becomes ``data.path=DIR``; training without data is the demo."""
+    """``data=DIR`` becomes ``data.path=DIR``; training without data is the demo.
+
+    ``backbone=`` is let through, to be answered by a sentence: those of the registry are for images of two axes.
+    """
+    overrides = [f"+{o}" if o.startswith("backbone=") else o for o in overrides]
     overrides = [
         f"data.path={o.removeprefix('data=')}" if o.startswith("data=") and _is_path(o.removeprefix("data=")) else o
         for o in overrides

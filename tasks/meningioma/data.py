@@ -109,7 +109,7 @@ def overview(checked: Checked) -> list[str]:
             low, half, high = there.quantile([0, 0.5, 1])
             lines.append(f"{name}: in {len(there)} cases, {low:.3g} to {high:.3g} ml, median {half:.3g} ml")
     pieces = labelled["components"]
-    lines.append(f"connected pieces: {int((pieces > 1).sum())} cases with more than one, at most {int(pieces.max())}")
+    lines.append(f"connected pieces: more than one in {int((pieces > 1).sum())} cases, at most {int(pieces.max())}")
     return lines
 
 
@@ -176,7 +176,8 @@ def _emptiness(
     if sound and len(empty) == len(sound):
         problems.append(f"the labels of all {len(sound)} cases are empty; there is nothing to learn.")
     elif empty:
-        notes.append(f"{len(empty)} cases have an empty label and count as controls: {quoted(empty)}.")
+        have = "1 case has" if len(empty) == 1 else f"{len(empty)} cases have"
+        notes.append(f"{have} an empty label, as controls have: {quoted(empty)}.")
     for name, group in zip(classes[1:], values, strict=True):
         if sound and len(empty) < len(sound) and not any(set(group) & fact.counts.keys() for _, fact in sound):
             problems.append(f"no label holds class '{name}' (values {list(group)}); take it out of data.labels.")

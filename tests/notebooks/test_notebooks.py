@@ -74,6 +74,14 @@ def test_the_segmentation_notebook_goes_from_images_to_outlines(
     assert (tmp_path / "predicted" / "lesion_000" / "contours.geojson").is_file()
 
 
+@pytest.mark.slow
+def test_the_meningioma_notebook_goes_from_heads_to_volumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = executed(ROOT / "notebooks" / "meningioma.ipynb", tmp_path, monkeypatch)
+    assert "Dice of thresholding" in text_of(notebook)
+    assert pictures_in(notebook) >= 3
+    assert (tmp_path / "new").is_dir() and list((tmp_path / "new").glob("*/mask.nii.gz"))
+
+
 def test_every_notebook_is_run_by_a_test_here() -> None:
     assert NOTEBOOKS
     source = Path(__file__).read_text()
