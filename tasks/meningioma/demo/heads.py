@@ -28,7 +28,7 @@ from tasks.meningioma.demo.tumours import LARGEST_ML, LOOKS, SITES, SMALLEST_ML,
 log = logging.getLogger(__name__)
 
 SMALLEST_SIDE = 48
-_VERSION = 1  # raised whenever the same seed would give other voxels
+_VERSION = 2  # raised whenever the same seed would give other voxels
 _FEWEST = 6
 _PEAK = {"int16": 1400.0, "uint8": 230.0, "float32": 0.8, "int16 with slope": 3200.0}  # of the scalp's fat
 _SLOPE = 0.25
@@ -154,7 +154,7 @@ def _spread(rng: Generator, count: int) -> Iterator[PlannedTumour]:
     sites = [SITES[i % len(SITES)] for i in rng.permutation(count)]
     looks = [LOOKS[i % len(LOOKS)] for i in rng.permutation(count)]
     for share, site, look in zip(shares, sites, looks, strict=True):
-        yield PlannedTumour(site, look, float(SMALLEST_ML * (LARGEST_ML / SMALLEST_ML) ** share))
+        yield PlannedTumour(site, look, float(SMALLEST_ML * (LARGEST_ML / SMALLEST_ML) ** share**0.6))
 
 
 def make_head(scan_plan: PlannedScan, number: int, seed: int, side: int) -> MadeHead:
