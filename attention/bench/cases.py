@@ -30,7 +30,8 @@ def case_of(name: str, size: Sequence[int], machine: Machine, device: torch.devi
     try:
         module = build(name, dim, grid).to(device)
     except RuntimeError as error:  # some have parameters for every place
-        absent = Contestant("fovea", lambda: torch.zeros(()), [], str(error).split(":")[-1].strip() or "cannot be built")
+        reason = str(error).split(":")[-1].strip() or "cannot be built"
+        absent = Contestant("fovea", lambda: torch.zeros(()), [], reason)
         return Case(title, [absent], "fovea", 0, 0)
     x = torch.randn(1, *grid, dim, device=device)
     # The papers' code is that of images; some of it builds its tables of tokens by tokens at once.

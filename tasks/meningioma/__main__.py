@@ -18,7 +18,7 @@ EXAMPLES = (
     ("data=DIR", "5-fold cross-validation; DIR is an nnU-Net folder, a plain folder of cases, or a CSV"),
     ("data=DIR network=daunet training.loss=dice_ce", "another network, another loss"),
     ("data=DIR network=unet3d +attention=polarized_parallel", "a gate on every skip connection"),
-    ("data=DIR data.preparation.recipe=sliding network=dynunet", "patches at native resolution instead of whole volumes"),
+    ("data=DIR data.preparation.recipe=sliding network=dynunet", "patches at native resolution, not whole volumes"),
     ("-m data=DIR network=agunet,daunet,unet", "compare networks"),
     ("action=evaluate checkpoint=RUN data=DIR", "all folds as one ensemble on other cases"),
     ("action=predict checkpoint=RUN input=scan.nii.gz out=DIR", "mask, probabilities and volume in ml"),
