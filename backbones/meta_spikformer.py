@@ -17,7 +17,10 @@ without softmax, linear in the number of tokens.
 The last stage does not halve the map: features have strides 2, 4, 8 and 16, and there is none of stride 32.
 
 Knowing deviations: the first convolution is computed once for all time steps, for it sees the same image in each (the
-running variance then counts the image once); ``drop_path_rate`` rises linearly over the transformer blocks.
+running variance then counts the image once); ``drop_path_rate`` rises linearly over the transformer blocks; in training
+a layer that no spike reaches passes back an ordinary gradient instead of one 316 times as large per normalisation
+(:func:`backbones.spiking.normalise`). Attention of an untrained network is silent below about 192 px: the scale of its
+sums over pixels is fixed, so that few pixels do not reach the threshold.
 """
 
 from __future__ import annotations

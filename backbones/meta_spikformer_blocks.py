@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backbones.choices import choose
-from backbones.spiking import LIF
+from backbones.spiking import LIF, normalise
 
 ATTENTION_SCALE = 0.125
 """Of spike-driven attention, whatever the number of channels per head."""
@@ -34,7 +34,7 @@ class ConvNorm(nn.Module):
         self.bn = nn.BatchNorm2d(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.bn(self.conv(x))
+        return normalise(self.bn, self.conv(x))
 
 
 class Downsample(ConvNorm):
@@ -62,8 +62,8 @@ class SepConv(nn.Module):
         self.bn2 = nn.BatchNorm2d(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.bn1(self.pwconv1(self.lif1(x)))
-        return self.bn2(self.pwconv2(self.dwconv(self.lif2(x))))
+        x = normalise(self.bn1, self.pwconv1(self.lif1(x)))
+        return normalise(self.bn2, self.pwconv2(self.dwconv(self.lif2(x))))
 
 
 class ConvBlock(nn.Module):
@@ -81,8 +81,8 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.sep(x)
-        hidden = self.bn1(self.conv1(self.lif1(x)))
-        return x + self.bn2(self.conv2(self.lif2(hidden)))
+        hidden = normalise(self.bn1, self.conv1(self.lif1(x)))
+        return x + normalise(self.bn2, self.conv2(self.lif2(hidden)))
 
 
 class RepConv(nn.Module):
@@ -102,11 +102,11 @@ class RepConv(nn.Module):
         self.bn = nn.BatchNorm2d(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.bn1(self.conv1(x))
+        x = normalise(self.bn1, self.conv1(x))
         _, shift = _scale_and_shift(self.bn1)
         border = F.pad(torch.zeros_like(x[:1, :1]), (1, 1, 1, 1), value=1.0)
         x = F.pad(x, (1, 1, 1, 1)) + border * shift.detach()[:, None, None].to(x.dtype)
-        return self.bn(self.bn2(self.conv2(self.dw(x))))
+        return normalise(self.bn, normalise(self.bn2, self.conv2(self.dw(x))))
 
     @torch.no_grad()
     def fused(self) -> nn.Conv2d:
@@ -159,7 +159,7 @@ class OtherMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         mixed = self.mixer(self.lif(x).permute(0, 2, 3, 1).contiguous())
-        return self.bn(mixed.permute(0, 3, 1, 2))
+        return normalise(self.bn, mixed.permute(0, 3, 1, 2))
 
 
 class SpikeMlp(nn.Module):
@@ -175,8 +175,8 @@ class SpikeMlp(nn.Module):
         self.bn2 = nn.BatchNorm2d(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.bn1(self.fc1(self.lif1(x)))
-        return self.bn2(self.fc2(self.lif2(x)))
+        x = normalise(self.bn1, self.fc1(self.lif1(x)))
+        return normalise(self.bn2, self.fc2(self.lif2(x)))
 
 
 class TransformerBlock(nn.Module):

@@ -10,10 +10,15 @@ arXiv:1901.09948; constants as in Fang et al., SpikingJelly, Science Advances 20
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from kernels.errors import InputError
+
+CONSTANT = 1e-3
+"""A channel is taken for constant whose variance is below this share of the normalisation's ``eps``."""
 
 
 def spike(membrane: Tensor, threshold: float, alpha: float = 4.0) -> Tensor:
@@ -26,6 +31,36 @@ def spike(membrane: Tensor, threshold: float, alpha: float = 4.0) -> Tensor:
         return fired
     smooth = torch.sigmoid(alpha * (membrane - threshold))
     return fired + (smooth - smooth.detach())
+
+
+def normalise(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """Batch normalisation of (B, C, H, W) that does not amplify gradients where there is nothing to normalise.
+
+    Where no neuron in front of a convolution fires, its channels are constant, and the derivative of their
+    normalisation is 1 / sqrt(eps), about 316: that of ``eps`` alone. Layers in a row raise it beyond all numbers. The
+    backward pass takes constant channels for ones of variance 1, so that silent neurons can still learn to fire.
+    """
+    if not (norm.training and x.requires_grad and x.numel()):
+        return norm(x)
+    variance = x.detach().var((0, 2, 3), correction=0, keepdim=True)
+    # Far below what one spike among many thousands of places leaves, far above rounding.
+    constant = variance < CONSTANT * norm.eps
+    scale = torch.ones_like(variance).masked_fill(constant, norm.eps**0.5)
+    return norm(_ScaledGradient.apply(x, scale))
+
+
+class _ScaledGradient(torch.autograd.Function):
+    """The identity; gradients are multiplied by ``scale``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (scale,) = ctx.saved_tensors
+        return gradient * scale, None
 
 
 class LIF(nn.Module):

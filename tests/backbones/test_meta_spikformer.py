@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import backbones
 from backbones.meta_spikformer import checkpoint_filter_fn, fuse
 from backbones.meta_spikformer_blocks import RepConv
-from backbones.spiking import LIF, spike
+from backbones.spiking import LIF, normalise, spike
 from kernels.errors import InputError
 from tests.backbones.timm_conventions import ODD, Conventions
 
@@ -75,6 +75,40 @@ def test_no_gradient_passes_through_the_reset() -> None:
     LIF(time_steps=2)(x)[1].backward()
     # The first step fires: its membrane is multiplied by 0, and that factor is taken for a constant.
     assert x.grad is not None and x.grad[0] == 0 and x.grad[1] > 0
+
+
+@pytest.mark.parametrize("size", [(33, 32), (75, 93)])
+@pytest.mark.parametrize("time_steps", [1, 2])
+def test_gradients_stay_ordinary_where_attention_is_silent(size: tuple[int, int], time_steps: int) -> None:
+    torch.manual_seed(0)
+    deep = {**TINY, "depths": (1, 1, 2, 6, 2)}
+    model = backbones.create("metaspikformer_8_256", features_only=True, time_steps=time_steps, **deep).train()
+    fired: list[float] = []
+    for name, module in model.named_modules():
+        if name.endswith("lif_out"):
+            module.register_forward_hook(lambda _m, _x, y: fired.append(float(y.detach().sum())))
+    sum((features * torch.randn_like(features)).mean() for features in model(torch.randn(2, 3, *size))).backward()
+    assert len(fired) == 8 and min(fired) == 0
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert 1e-4 < max(float(g.abs().max()) for g in gradients) < 1e2
+
+
+def test_a_channel_that_varies_has_the_gradient_of_batch_normalisation() -> None:
+    norm = nn.BatchNorm2d(3).double()
+    x = torch.zeros(4, 3, 25, 25, dtype=torch.float64)
+    x[0, 0, 0, 0] = 0.04  # one weak spike, in 2500 places
+    x[:, 1] = torch.randn(4, 25, 25)
+    x.requires_grad_()
+    wanted, above = norm(x), torch.randn(4, 3, 25, 25, dtype=torch.float64)
+    ours = normalise(norm, x)
+    torch.testing.assert_close(ours, wanted)
+    gradient, expected = (torch.autograd.grad((y * above).sum(), x)[0] for y in (ours, wanted))
+    torch.testing.assert_close(gradient[:, 1], expected[:, 1])
+    torch.testing.assert_close(gradient[:, 0], expected[:, 0])
+    # The third is constant: as if its variance were 1.
+    torch.testing.assert_close(gradient[:, 2], above[:, 2] - above[:, 2].mean())
+    norm.eval()
+    torch.testing.assert_close(normalise(norm, x), norm(x))
 
 
 def test_only_spikes_reach_the_convolutions() -> None:
