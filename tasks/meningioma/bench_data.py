@@ -21,8 +21,8 @@ _CASES = 6
 def rows() -> Iterator[BenchRow]:
     """Whole volumes at the published size, from made heads of 96 voxels a side."""
     table = make_heads(cases=_CASES, side=96)
-    settings = OmegaConf.create({"path": str(table), "format": "auto", "labels": None, "image_names": None})
-    settings = OmegaConf.merge(settings, {"label_name": None, "channel": None, "patient_pattern": None})
+    unset = ("labels", "image_names", "label_name", "channel", "patient_pattern")
+    settings = OmegaConf.create({"path": str(table), "format": "auto", **dict.fromkeys(unset)})
     preparation = Preparation.from_config({"recipe": "whole"})
     with tempfile.TemporaryDirectory() as folder:
         rates = measure_loading(
