@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from kernels.errors import InputError
 
-CONSTANT = 1e-3
-"""A channel is taken for constant whose variance is below this share of the normalisation's ``eps``."""
+CONSTANT = 0.03
+"""A channel is constant whose largest and smallest value differ by less than this share of the normalisation's
+sqrt(``eps``), 1e-4: far above rounding, and far below what one spike leaves."""
 
 
 def spike(membrane: Tensor, threshold: float, alpha: float = 4.0) -> Tensor:
@@ -42,10 +43,9 @@ def normalise(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     """
     if not (norm.training and x.requires_grad and x.numel()):
         return norm(x)
-    variance = x.detach().var((0, 2, 3), correction=0, keepdim=True)
-    # Far below what one spike among many thousands of places leaves, far above rounding.
-    constant = variance < CONSTANT * norm.eps
-    scale = torch.ones_like(variance).masked_fill(constant, norm.eps**0.5)
+    values = x.detach()
+    spread = values.amax((0, 2, 3), keepdim=True) - values.amin((0, 2, 3), keepdim=True)
+    scale = torch.ones_like(spread).masked_fill(spread < CONSTANT * norm.eps**0.5, norm.eps**0.5)
     return norm(_ScaledGradient.apply(x, scale))
 
 
