@@ -121,7 +121,9 @@ SWITCHES = [
 ]
 
 
-@pytest.mark.parametrize(("build", "option", "part"), SWITCHES, ids=lambda value: getattr(value, "__name__", str(value)))
+@pytest.mark.parametrize(
+    ("build", "option", "part"), SWITCHES, ids=lambda value: getattr(value, "__name__", str(value))
+)
 def test_each_switch_takes_away_its_own_part_alone(build: Build, option: dict[str, Any], part: str) -> None:
     if "guided" in option:
         build, whole = DAUNet, dagunet(filters=SMALL)
