@@ -3,7 +3,8 @@
 Sources: Fu et al., Dual Attention Network for Scene Segmentation, CVPR 2019, arXiv 1809.02983, whose two modules are
 also those of Sinha and Dolz, Multi-scale self-guided attention, JBHI 2020, arXiv 1906.02849; Bouget et al., Frontiers
 in Radiology 2021, arXiv 2101.07715 (DAUNet). In DAUNet's released code the projections of the position attention are
-made anew at every call, neither trained nor saved; here they are parameters. No matrix of places by places is kept.
+made anew at every call, neither trained nor saved; here they are parameters. No matrix of places by places is kept
+where there are many.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention.about import About
 from attention.conv_norm import wide
-from attention.cost import Part, attend, elementwise, projection
+from attention.cost import Part, elementwise, projection
 from attention.gate import Gate
 from attention.registry import register
 from kernels.errors import InputError, unknown_name
+from kernels.narrow_attention import narrow_attention
 from kernels.operators import precisely
 
 FORMS = ("danet", "daunet")
@@ -56,9 +57,7 @@ class PositionAttention(nn.Module):
         """What is added to (B, C, *spatial)."""
         projected = self.qkv(x.flatten(2).transpose(1, 2))[:, None]
         q, k, v = projected.split([self.width, self.width, self.dim], -1)
-        # Fused kernels want one width throughout; zeros change no score.
-        q, k = (F.pad(t, (0, self.dim - self.width)) for t in (q, k))
-        out = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+        out = narrow_attention(q, k, v, scale=1.0)
         return self.gamma * out[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])
 
     @staticmethod
@@ -144,8 +143,7 @@ class DualAttention(Gate):
         width = self.position.width
         return [
             projection("q, k, v", total, self.dim, self.dim + 2 * width),
-            # Scores are sums over all channels, most of them zeros.
-            attend("places", total, tokens, self.dim, total),
+            Part("places", 2 * total * tokens * (width + self.dim), 2 * total * (width + self.dim)),
             Part("products of channels", 2 * total * self.dim**2, total * self.dim + batch * self.dim**2),
             Part("sums of channels", 2 * total * self.dim**2, total * self.dim + batch * self.dim**2),
             elementwise("sum", total * self.dim, tensors=2, flops=5),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import attention
 from attention.dual_position_channel import ChannelAttention, DualAttention, PositionAttention
@@ -75,6 +76,17 @@ def test_equal_places_attend_alike_to_their_common_value() -> None:
     x = torch.randn(2, 16, 1, 1).expand(2, 16, 4, 3)
     value = module.qkv(x[:, :, 0, 0])[:, -16:]
     torch.testing.assert_close(module(x), x + value[:, :, None, None])
+
+
+@pytest.mark.parametrize("places", [(5, 7), (21, 33)])
+def test_scores_of_places_sum_over_the_narrow_queries_alone(places: tuple[int, int]) -> None:
+    gate, number = dual(), places[0] * places[1]
+    (part,) = (p for p in gate.cost((2, *places)) if p.name == "places")
+    with FlopCounterMode(display=False) as counter:
+        gate.position.branch(torch.randn(2, 32, *places))
+    width = gate.position.width
+    assert part.flops == 2 * 2 * number**2 * (width + 32)
+    assert counter.get_total_flops() == part.flops + 2 * 2 * number * 32 * (32 + 2 * width)
 
 
 def test_products_of_channels_beyond_float16_stay_finite() -> None:
