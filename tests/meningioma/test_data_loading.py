@@ -89,11 +89,11 @@ def test_epochs_differ_and_repeat(cases: CaseSet) -> None:
         return list(make_loader(dataset, 2, sampler, workers))
 
     a, b, c, d = batches(0), batches(0), batches(1), batches(1, workers=1)
-    assert a[0].images.shape == (2, 1, 24, 26, 28) and a[0].target.dtype == torch.int64
-    assert a[0].target.shape == (2, 24, 26, 28)
+    assert a[0].image.shape == (2, 1, 24, 26, 28) and a[0].label.dtype == torch.int64
+    assert a[0].label.shape == (2, 24, 26, 28)
     for one, other in ((a, b), (c, d)):
         assert all(torch.equal(x, y) for p, q in zip(one, other, strict=True) for x, y in zip(p, q, strict=True))
-    assert not torch.equal(a[0].images, c[0].images)
+    assert not torch.equal(a[0].image, c[0].image)
 
 
 def test_patches_hold_the_tumour_as_often_as_asked(cases: CaseSet) -> None:
@@ -105,7 +105,7 @@ def test_patches_hold_the_tumour_as_often_as_asked(cases: CaseSet) -> None:
     larger = VolumeDataset(IDS, store, Augment(crop=patches((64, 16, 16)), change=augmentation("strong")))[(0, 1)]
     assert larger[0][0].shape == (1, 64, 16, 16)
     loader = make_loader(VolumeDataset(IDS, store, crop), 2, EpochSampler(4, 1))
-    assert next(iter(loader)).images.shape[0] == 16
+    assert next(iter(loader)).image.shape[0] == 16
     control = {"image": torch.rand(1, 20, 20, 20), "label": torch.zeros(1, 20, 20, 20, dtype=torch.uint8)}
     assert apply(patches((8, 8, 8), 2), control, 0)[1]["image"].shape == (1, 8, 8, 8)
     with pytest.raises(InputError, match="cannot form one batch"):
