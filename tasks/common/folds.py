@@ -32,6 +32,7 @@ class Samples:
         patients: never on two sides of a split.
         splits: what the user's table says (train, val, test), or None.
         class_names: (c,) of the columns, for messages.
+        folds: a cross-validation that the data bring, or None.
     """
 
     ids: Sequence[str]
@@ -39,6 +40,7 @@ class Samples:
     patients: Sequence[str]
     splits: Sequence[str | None]
     class_names: Sequence[str] | None = None
+    folds: Sequence[Fold] | None = None
 
 
 def plan_folds(samples: Samples, settings: DictConfig, seed: int) -> list[Fold]:
@@ -51,7 +53,7 @@ def plan_folds(samples: Samples, settings: DictConfig, seed: int) -> list[Fold]:
         InputError: a patient on two sides, too few patients, an unknown id, or a training set of one class.
     """
     ids, labels, patients = samples.ids, samples.labels, samples.patients
-    if settings.splits is None:
+    if settings.splits is None and samples.folds is None:
         folds = make_folds(
             ids,
             labels,
@@ -69,8 +71,11 @@ def plan_folds(samples: Samples, settings: DictConfig, seed: int) -> list[Fold]:
             ]
         source = f"crossval.folds={settings.folds}"
     else:
-        source = str(settings.splits)
-        folds = [_split_column(samples)] if source == "column" else read_splits(source, ids, need_val=False)
+        source = "the folds that come with the data" if settings.splits is None else str(settings.splits)
+        if settings.splits is None:
+            folds = list(samples.folds or [])
+        else:
+            folds = [_split_column(samples)] if source == "column" else read_splits(source, ids, need_val=False)
         if settings.val_fraction > 0:
             held: dict[str, Any] = {"val_fraction": settings.val_fraction, "seed": seed}
             folds = [fold if fold.val else with_validation(fold, ids, labels, patients, **held) for fold in folds]

@@ -10,13 +10,16 @@ from omegaconf import DictConfig
 from torch import nn
 
 from kernels.errors import InputError
-from tasks.common.segmentation.checkpoint import Description, Segmenter, load_segmenter
+from tasks.common.segmentation.checkpoint import Description, Segmenter, fill_inference, load_segmenter
 from tasks.common.segmentation.fitting import plain
 from tasks.common.segmentation.inference import Inference
 from tasks.meningioma.networks.build import build_network, refuse_backbone
 from tasks.meningioma.preparation import Preparation
 
 TASK = "meningioma"
+INFERENCE = {"overlap": 0.5, "batch_size": 1, "flips": "none", "amp": False}
+"""What ``inference`` is in training where it is null; see :func:`fill_inference`."""
+CUT = {"cutoff": "search", "cut_first": False, "smallest_ml": 0.0}
 
 
 def build(description: Description) -> nn.Module:
@@ -47,7 +50,9 @@ def describe(cfg: DictConfig, in_channels: int, classes: Sequence[str], preparat
         "in_channels": in_channels,
         "size": list(size),
     }
-    description = Description(described, tuple(classes), preparation.as_dict(), stored_inference(cfg, preparation))
+    fill_inference(cfg.inference, INFERENCE | CUT)
+    inference, cut = stored_inference(cfg, preparation), {name: cfg.inference[name] for name in CUT}
+    description = Description(described, tuple(classes), preparation.as_dict(), inference, cut)
     description.how().flipped_axes(3)
     with torch.random.fork_rng(devices=[]):
         build(description)
@@ -73,16 +78,21 @@ def stored_inference(cfg: DictConfig, preparation: Preparation) -> dict[str, Any
     fields["patch_size"] = list(seen_size(preparation)) if preparation.recipe == "sliding" else None
     given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
     Inference(**given)
+    check_cut(settings)
+    return fields
+
+
+def check_cut(settings: DictConfig) -> None:
+    """Raise InputError for a cut-off or a smallest component that cannot be."""
     if settings.smallest_ml < 0:
         raise InputError(f"inference.smallest_ml={settings.smallest_ml} must be 0 or more.")
     cutoff = settings.cutoff
     if cutoff not in ("search", "argmax") and not (isinstance(cutoff, int | float) and 0 < cutoff < 1):
         raise InputError(f"inference.cutoff={cutoff} must be search, argmax, or a probability between 0 and 1.")
-    return fields
 
 
 def load(cfg: DictConfig) -> Segmenter:
-    """The segmenter of ``checkpoint=``, with what ``inference`` changes of it.
+    """The segmenter of ``checkpoint=``; what is null in ``inference`` becomes what it was trained with.
 
     Raises:
         InputError: no checkpoint is given, or it cannot be used.
@@ -91,4 +101,7 @@ def load(cfg: DictConfig) -> Segmenter:
         raise InputError(
             f"action={cfg.action} needs checkpoint=RUN, a run folder, a fold folder or a model.safetensors."
         )
-    return load_segmenter(cfg.checkpoint, TASK, build)
+    segmenter = load_segmenter(cfg.checkpoint, TASK, build)
+    fill_inference(cfg.inference, segmenter.description.inference | segmenter.description.cut)
+    check_cut(cfg.inference)
+    return segmenter

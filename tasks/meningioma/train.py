@@ -12,21 +12,20 @@ from typing import Any
 import pandas as pd
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
 
 from kernels.errors import InputError
 from tasks.common.checkpoints import FILE_NAME, fold_name, hashed
 from tasks.common.crossval import Fold
 from tasks.common.devices import device_for
 from tasks.common.files import atomic_path, write_json
-from tasks.common.folds import Samples, only_these, plan_folds, run_folds
+from tasks.common.folds import Samples, plan_folds, run_folds
 from tasks.common.progress import ProgressBars
 from tasks.common.runs import Run, open_run
 from tasks.common.samplers import EpochSampler
 from tasks.common.segmentation.checkpoint import Description, Segmenter, inference_of, save_segmenter
 from tasks.common.segmentation.cutoff import best_cutoff, cutoff_counts
 from tasks.common.segmentation.fitting import check_training, fit_network
-from tasks.common.segmentation.inference import sliding_logits
+from tasks.common.segmentation.inference import forward_of
 from tasks.common.segmentation.losses import DeepSupervision
 from tasks.common.training import discard_resume_state, first_process
 from tasks.meningioma.augmentation import augmentation, patches
@@ -109,11 +108,9 @@ def folds_of(cases: CaseSet, table: pd.DataFrame, cfg: DictConfig) -> list[Fold]
     Without either, patients are dealt so that small, large and absent structures are in every fold.
     """
     labelled = cases.labelled
-    if cases.folds is not None and cfg.crossval.splits is None:
-        return only_these(list(cases.folds), cfg.crossval.only)
     settings = cfg.crossval
     splits = [case.split for case in labelled]
-    if settings.splits is None and any(splits):
+    if settings.splits is None and cases.folds is None and any(splits):
         settings = OmegaConf.merge(settings, {"splits": "column"})
     volumes = table.set_index("case_id")[[f"{name}_ml" for name in cases.classes[1:]]].sum(axis=1)
     limit = float(cfg.evaluation.limit_ml)
@@ -121,7 +118,8 @@ def folds_of(cases: CaseSet, table: pd.DataFrame, cfg: DictConfig) -> list[Fold]
     patients = [case.patient for case in labelled]
     enough = min(kinds.count(kind) for kind in set(kinds)) >= max(2, int(cfg.crossval.folds))
     strata = kinds if enough and len(set(kinds)) > 1 else None
-    return plan_folds(Samples([c.case_id for c in labelled], strata, patients, splits), settings, cfg.seed)
+    samples = Samples([c.case_id for c in labelled], strata, patients, splits, folds=cases.folds)
+    return plan_folds(samples, settings, cfg.seed)
 
 
 def _volume_class(ml: float, limit: float) -> str:
@@ -183,11 +181,6 @@ def _train(
     sampler = EpochSampler(len(fold.train), seed, None)
     loader = make_loader(VolumeDataset(fold.train, store, augment), cfg.training.batch_size, sampler, cfg.data.workers)
     held = make_loader(VolumeDataset(fold.val, store), 1, None, cfg.data.workers) if fold.val else None
-    how = study.description.how()
-
-    def whole(model: nn.Module, image: Tensor) -> Tensor:
-        return model(image) if how.patch_size is None else sliding_logits(model, image, how)
-
     fitted = fit_network(
         network,
         study.loss,
@@ -197,7 +190,7 @@ def _train(
         bars,
         seed,
         sampler,
-        forward=whole,
+        forward=forward_of(study.description.how()),
         size=size,
         channels=int(study.description.network["in_channels"]),
         size_option="data.preparation.patch" if sliding else "data.preparation.size",

@@ -23,7 +23,7 @@ from tasks.common.segmentation.batch import Batch
 from tasks.common.segmentation.checkpoint import Description, Segmenter, load_segmenter, save_segmenter
 from tasks.common.segmentation.cutoff import best_cutoff, cutoff_counts
 from tasks.common.segmentation.fitting import fit_network
-from tasks.common.segmentation.inference import sliding_logits
+from tasks.common.segmentation.inference import forward_of
 from tasks.common.segmentation.losses import IGNORE, DeepSupervision
 from tasks.common.training import discard_resume_state, first_process
 from tasks.qtseg.augmentation import Augmentation
@@ -90,11 +90,6 @@ def _train(study: Study, fold: Fold, cfg: DictConfig, folder: Path, bars: Progre
         whole_batches = cfg.training.batch_size if preprocessing.whole else 1
         kept = SegmentationDataset(study.images.select(val), study.store)
         held = make_loader(kept, whole_batches, None, cfg.data.workers, together)
-    how = study.description.how()
-
-    def whole(model: nn.Module, image: Tensor) -> Tensor:
-        return model(image) if how.patch_size is None else sliding_logits(model, image, how)
-
     fitted = fit_network(
         network,
         study.loss,
@@ -104,7 +99,7 @@ def _train(study: Study, fold: Fold, cfg: DictConfig, folder: Path, bars: Progre
         bars,
         seed,
         sampler,
-        forward=whole,
+        forward=forward_of(study.description.how()),
         freeze=_freezer(cfg) if is_pretrained(study.description) else None,
         size=preprocessing.size,
         channels=preprocessing.channels,

@@ -10,13 +10,16 @@ from omegaconf import DictConfig
 from torch import nn
 
 from kernels.errors import InputError
-from tasks.common.segmentation.checkpoint import Description, Segmenter, load_segmenter
+from tasks.common.segmentation.checkpoint import Description, Segmenter, fill_inference, load_segmenter
 from tasks.common.segmentation.fitting import plain
 from tasks.common.segmentation.inference import Inference
 from tasks.qtseg.networks.build import build_network, check_network
 from tasks.qtseg.preprocessing import Preprocessing
 
 TASK = "qtseg"
+INFERENCE = {"overlap": 0.5, "batch_size": 4, "flips": "none", "amp": False}
+"""What ``inference`` is in training where it is null; see :func:`fill_inference`."""
+CUT = {"cutoff": "argmax", "smallest": 0}
 
 
 def build(description: Description, weights: bool = False) -> nn.Module:
@@ -68,8 +71,9 @@ def describe(
         "in_channels": preprocessing.channels,
         "size": None if native else list(preprocessing.size),
     }
-    stored = stored_inference(cfg, preprocessing)
-    description = Description(described, tuple(classes), preprocessing.to_dict(), stored)
+    fill_inference(cfg.inference, INFERENCE | CUT)
+    stored, cut = stored_inference(cfg, preprocessing), {name: cfg.inference[name] for name in CUT}
+    description = Description(described, tuple(classes), preprocessing.to_dict(), stored, cut)
     description.how().flipped_axes(2)
     if not isinstance(cfg.training.freeze_epochs, int) or cfg.training.freeze_epochs < 0:
         raise InputError(f"training.freeze_epochs={cfg.training.freeze_epochs} must be 0 or more.")
@@ -128,7 +132,7 @@ def check_cut(settings: DictConfig) -> None:
 
 
 def load(cfg: DictConfig) -> Segmenter:
-    """The segmenter of ``checkpoint=``.
+    """The segmenter of ``checkpoint=``; what is null in ``inference`` becomes what it was trained with.
 
     Raises:
         InputError: no checkpoint is given, or it cannot be used.
@@ -137,5 +141,7 @@ def load(cfg: DictConfig) -> Segmenter:
         raise InputError(
             f"action={cfg.action} needs checkpoint=RUN, a run folder, a fold folder or a model.safetensors."
         )
+    segmenter = load_segmenter(cfg.checkpoint, TASK, build)
+    fill_inference(cfg.inference, segmenter.description.inference | segmenter.description.cut)
     check_cut(cfg.inference)
-    return load_segmenter(cfg.checkpoint, TASK, build)
+    return segmenter

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from numpy.typing import NDArray
+from omegaconf import OmegaConf
 
 from tasks.common.cli import help_text, main
 from tasks.common.training import History
@@ -242,3 +243,32 @@ def test_the_bare_command_is_the_demo_and_the_help_names_the_networks() -> None:
     text = help_text(TASK)
     for name in ("agunet", "daunet", "dagunet", "swin_unetr", "nnU-Net folder", "-m data=DIR"):
         assert name in text
+
+
+def test_new_scans_are_segmented_as_the_test_cases_were_unless_said_otherwise(heads: Path) -> None:
+    chosen = ["inference.flips=axes", "inference.flip_axes=[0]", "inference.cutoff=0.4", "inference.smallest_ml=0.1"]
+    assert train(*chosen, "training.epochs=1", "crossval.only=[0]") == 0
+    use = ["action=predict", "checkpoint=run", "input=set/case_5/t1c.nii.gz", "inference.device=cpu"]
+    assert main(TASK, [*use, "out=same"]) == 0
+    assert main(TASK, [*use, "out=other", "inference.flips=none", "inference.cutoff=argmax"]) == 0
+    same, other = (OmegaConf.load(Path(folder, "config.yaml")).inference for folder in ("same", "other"))
+    assert (same.flips, list(same.flip_axes), same.cutoff, same.smallest_ml) == ("axes", [0], 0.4, 0.1)
+    assert (other.flips, other.cutoff, other.smallest_ml) == ("none", "argmax", 0.1)
+    assert pd.read_csv("same/volumes.csv")["cutoff"][0] == 0.4
+
+
+def test_folds_that_come_with_the_data_get_validation_cases(heads: Path) -> None:
+    root = Path("nnunet")
+    for folder in ("imagesTr", "labelsTr"):
+        (root / folder).mkdir(parents=True)
+    names = [f"case_{number}" for number in range(6)]
+    for name in names:
+        shutil.copy(f"set/{name}/t1c.nii.gz", root / "imagesTr" / f"{name}_0000.nii.gz")
+        shutil.copy(f"set/{name}/seg.nii.gz", root / "labelsTr" / f"{name}.nii.gz")
+    about = {"channel_names": {"0": "T1"}, "labels": {"background": 0, "tumour": 1}, "numTraining": 6}
+    (root / "dataset.json").write_text(json.dumps({**about, "file_ending": ".nii.gz"}))
+    (root / "splits_final.json").write_text(json.dumps([{"train": names[:4], "val": names[4:]}]))
+    assert train("training.epochs=1", data="nnunet") == 0
+    split = pd.read_csv(next(Path("run/splits").glob("*.csv")))
+    assert len(pd.read_csv("run/results.csv")) == 2
+    assert split["val"].notna().sum() == 1 and split["train"].notna().sum() == 3

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,9 @@ class Description:
         classes: names, the background first.
         preparation: of every image, as the task stores it.
         inference: fields of :class:`Inference`.
+        cut: how masks were made of probabilities, by the names of the section ``inference``.
         cutoff: probability from which on a place belongs to a structure, chosen on validation cases; None: the
             likeliest class.
-        smallest: components below are dropped, in the task's unit (ml or pixels).
         training: fold, seed, epoch and hashes of the cases, for the record.
     """
 
@@ -35,8 +35,8 @@ class Description:
     classes: tuple[str, ...]
     preparation: dict[str, Any]
     inference: dict[str, Any] = field(default_factory=dict)
+    cut: dict[str, Any] = field(default_factory=dict)
     cutoff: float | None = None
-    smallest: float = 0.0
     training: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -89,6 +89,16 @@ class Segmenter:
     ) -> Tensor:
         """Probabilities (K, *spatial) on the CPU of a prepared image (C, *spatial)."""
         return predict_probabilities(self.models, image, how or self.description.how(), self.device, on_step)
+
+
+def fill_inference(settings: DictConfig, values: Mapping[str, Any]) -> None:
+    """Give what is null in a task's section ``inference`` its value: a default in training, later that of the training.
+
+    Without this, a checkpoint would be used in another way than the one its figures were measured in.
+    """
+    for name, value in values.items():
+        if name in settings and settings[name] is None:
+            settings[name] = value
 
 
 def inference_of(segmenter: Segmenter, settings: DictConfig) -> Inference:

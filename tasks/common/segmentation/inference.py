@@ -160,6 +160,11 @@ def classes_of(probabilities: NDArray[np.floating], cutoff: float | None) -> NDA
     return np.where(found, best + 1, 0).astype(np.uint8)
 
 
+def forward_of(how: Inference) -> Callable[[nn.Module, Tensor], Tensor] | None:
+    """Logits of whole images (B, C, *spatial) by windows, for validation; None where the network sees them whole."""
+    return None if how.patch_size is None else lambda model, image: sliding_logits(model, image, how)
+
+
 def sliding_logits(model: nn.Module, image: Tensor, how: Inference) -> Tensor:
     """Logits (B, K, *spatial) of whole images (B, C, *spatial) from windows, on the image's device."""
     from monai.inferers.utils import sliding_window_inference
