@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kernels.errors import unknown_name
-from tasks.common.cli import Task, main
+from tasks.common.cli import Task, data_as_path, main
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -60,20 +60,13 @@ def run(cfg: DictConfig, out: Path) -> dict[str, Any] | None:
 
 def adjust(overrides: list[str]) -> list[str]:
     """``data=FOLDER`` becomes ``data.path=FOLDER``; training without data is the demo, with a small backbone."""
-    overrides = [
-        f"data.path={o.removeprefix('data=')}" if o.startswith("data=") and _is_path(o.removeprefix("data=")) else o
-        for o in overrides
-    ]
+    overrides = data_as_path(overrides, DATA)
     keys = {override.lstrip("+").split("=")[0]: override.partition("=")[2] for override in overrides}
     if keys.get("action", "train") == "train" and not {"data", "data.path"} & keys.keys():
         overrides, keys["data"] = [*overrides, "data=textures"], "textures"
     if keys.get("data") == "textures" and "backbone" not in keys:
         overrides = [*overrides, f"backbone={DEMO_BACKBONE}"]
     return overrides
-
-
-def _is_path(value: str) -> bool:
-    return value not in DATA and ("/" in value or Path(value.strip("'\"")).exists())
 
 
 TASK = Task(

@@ -61,6 +61,23 @@ class Task:
         return self.choices.get(group) or choices_of(group)
 
 
+def data_as_path(overrides: Sequence[str], names: Sequence[str]) -> list[str]:
+    """``data=DIR`` as ``data.path=DIR``, for a folder or file that is none of the group's ``names``.
+
+    >>> data_as_path(["data=./scans", "data=demo", "seed=2"], ["demo"])
+    ['data.path=./scans', 'data=demo', 'seed=2']
+    """
+
+    def is_path(value: str) -> bool:
+        return value not in names and ("/" in value or Path(value.strip("'\"")).exists())
+
+    return [
+        f"data.path={value}" if key == "data" and is_path(value) else override
+        for override in overrides
+        for key, _, value in [override.partition("=")]
+    ]
+
+
 def main(task: Task, arguments: Sequence[str] | None = None) -> int:
     """Run a task from the command line; the return value is the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)

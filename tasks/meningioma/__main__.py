@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kernels.errors import unknown_name
-from tasks.common.cli import Task, main
+from tasks.common.cli import Task, data_as_path, main
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -55,18 +55,11 @@ def adjust(overrides: list[str]) -> list[str]:
     ``backbone=`` is let through, to be answered by a sentence: those of the registry are for images of two axes.
     """
     overrides = [f"+{o}" if o.startswith("backbone=") else o for o in overrides]
-    overrides = [
-        f"data.path={o.removeprefix('data=')}" if o.startswith("data=") and _is_path(o.removeprefix("data=")) else o
-        for o in overrides
-    ]
+    overrides = data_as_path(overrides, DATA)
     keys = {override.lstrip("+").split("=")[0] for override in overrides}
     if not {"data", "data.path", "action"} & keys:
         overrides = [*overrides, "data=heads"]
     return overrides
-
-
-def _is_path(value: str) -> bool:
-    return value not in DATA and ("/" in value or Path(value.strip("'\"")).exists())
 
 
 TASK = Task(

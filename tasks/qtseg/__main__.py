@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kernels.errors import unknown_name
-from tasks.common.cli import Task, main
+from tasks.common.cli import Task, data_as_path, main
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -63,10 +63,7 @@ def run(cfg: DictConfig, out: Path) -> dict[str, Any] | None:
 
 def adjust(overrides: list[str]) -> list[str]:
     """``data=DIR`` becomes ``data.path=DIR``; without data it is the demo, with a recipe and network of its own."""
-    overrides = [
-        f"data.path={o.removeprefix('data=')}" if o.startswith("data=") and _is_path(o.removeprefix("data=")) else o
-        for o in overrides
-    ]
+    overrides = data_as_path(overrides, DATA)
     keys = {override.lstrip("+").split("=")[0] for override in overrides}
     if not {"data", "data.path", "action"} & keys:
         overrides = [*overrides, "data=shapes2d"]
@@ -77,10 +74,6 @@ def adjust(overrides: list[str]) -> list[str]:
     if not {"decoder", "backbone"} & keys:
         overrides += [f"{key}={value}" for key, value in _SMALL.items() if key not in keys]
     return overrides
-
-
-def _is_path(value: str) -> bool:
-    return value not in DATA and ("/" in value or Path(value.strip("'\"")).exists())
 
 
 TASK = Task(

@@ -18,9 +18,9 @@ from tasks.common.progress import ProgressBars
 from tasks.common.wording import quoted
 from tasks.qtseg.data import ImageSet2D, Sample, listed
 from tasks.qtseg.images import LOSSY
-from tasks.qtseg.loading import Store, read_sample, read_second
+from tasks.qtseg.loading import Entry, Store, read_sample, read_second
 
-_AT_ONCE = 64  # decoded images must not pile up
+_AT_ONCE = 16  # decoded images must not pile up
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class _Look:
     pixels: NDArray[np.int64]
     size: tuple[int, int]
     digest: str
+    entry: Entry
 
 
 def check_set(images: ImageSet2D, store: Store, more: Sequence[str] = (), foreground: bool = True) -> Checked:
@@ -92,6 +93,7 @@ def check_images(images: ImageSet2D, store: Store, foreground: bool = True) -> C
                 else:
                     pixels[sample.case_id], sizes[sample.case_id] = found.pixels, found.size
                     copies[found.digest].append(sample)
+                    store.keep(sample, found.entry)  # here, in order: which are kept must not depend on the threads
                 bar.advance(1)
     if foreground and len(pixels) == len(images.samples):
         problems += _missing_classes(images, pixels)
@@ -106,9 +108,9 @@ def _look(sample: Sample, store: Store, classes: int) -> _Look:
         raise InputError(f"{sample.second[0]} differs in size from {sample.masks[0].name}, a mask of the same image.")
     if fov is not None and not fov.any():
         raise InputError(f"{sample.fov} is black: nothing of {sample.image.name} would count.")
-    store.keep(sample, store.prepare(sample, image, label, fov))
     digest = hashlib.sha256(image.tobytes() + bytes(str(image.shape), "ascii")).hexdigest()
-    return _Look(np.bincount(label.ravel(), minlength=classes), label.shape, digest)
+    entry = store.prepare(sample, image, label, fov)
+    return _Look(np.bincount(label.ravel(), minlength=classes), label.shape, digest, entry)
 
 
 def _missing_classes(images: ImageSet2D, pixels: dict[str, NDArray[np.int64]]) -> list[str]:

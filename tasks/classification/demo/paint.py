@@ -8,11 +8,7 @@ the classes, so that its mean colour says little.
 from __future__ import annotations
 
 import csv
-import hashlib
-import json
 import logging
-import shutil
-import tempfile
 from pathlib import Path
 
 import cv2
@@ -22,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from kernels.errors import InputError
-from tasks.common.files import cache_folder, explain_os_errors
+from tasks.common.made_sets import made_once
 
 log = logging.getLogger(__name__)
 
@@ -48,29 +44,8 @@ def make_images(folder: Path | None = None, count: int = 400, seed: int = 7) -> 
     if count < 8 * len(CLASSES):
         raise InputError(f"data.textures.images={count}: {8 * len(CLASSES)} images are needed at least.")
     wanted = {"images": count, "seed": seed, "version": _VERSION}
-    digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:10]
-    folder = cache_folder() / f"demo_textures_{digest}" if folder is None else folder
-    marker = folder / "demo.json"
-    if marker.is_file() and json.loads(marker.read_text()) == wanted:
-        return folder / "images.csv"
-    if folder.exists() and any(folder.iterdir()):
-        raise InputError(f"data.textures.folder={folder} holds other files; choose an empty folder.")
-    with explain_os_errors(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".demo_textures.", dir=folder.parent))
-        try:
-            _write(temporary, count, seed)
-            (temporary / "demo.json").write_text(json.dumps(wanted))
-            temporary.chmod(0o755)
-            try:
-                temporary.replace(folder)
-            except OSError:  # another process was quicker
-                if not marker.is_file():
-                    raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    log.info("made %d images in %s", count, folder)
-    return folder / "images.csv"
+    place = made_once("textures", wanted, lambda empty: _write(empty, count, seed), folder, f"{count} images")
+    return place / "images.csv"
 
 
 def _write(folder: Path, count: int, seed: int) -> None:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import csv
 import datetime
-import hashlib
 import json
 import logging
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +16,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 from kernels.errors import InputError
-from tasks.common.files import cache_folder, explain_os_errors
+from tasks.common.made_sets import made_once
 from tasks.meningioma.demo.anatomy import Anatomy
 from tasks.meningioma.demo.grids import Grid
 from tasks.meningioma.demo.render import draw_head, scan
@@ -95,29 +92,8 @@ def make_heads(folder: Path | None = None, cases: int = 24, seed: int = 7, side:
             f"data.heads.side={side}: a head needs {SMALLEST_SIDE} voxels along its longest axis at least."
         )
     wanted = {"cases": cases, "seed": seed, "side": side, "version": _VERSION}
-    digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:10]
-    folder = cache_folder() / f"demo_heads_{digest}" if folder is None else folder
-    marker = folder / "demo.json"
-    if marker.is_file() and json.loads(marker.read_text()) == wanted:
-        return folder / "cases.csv"
-    if folder.exists() and any(folder.iterdir()):
-        raise InputError(f"data.heads.folder={folder} holds other files; choose an empty folder.")
-    with explain_os_errors(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".demo_heads.", dir=folder.parent))
-        try:
-            _write(temporary, cases, seed, side)
-            (temporary / "demo.json").write_text(json.dumps(wanted))
-            temporary.chmod(0o755)
-            try:
-                temporary.replace(folder)
-            except OSError:  # another process was quicker
-                if not marker.is_file():
-                    raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    log.info("made %d heads in %s", cases, folder)
-    return folder / "cases.csv"
+    place = made_once("heads", wanted, lambda empty: _write(empty, cases, seed, side), folder, f"{cases} heads")
+    return place / "cases.csv"
 
 
 def plan(cases: int, seed: int) -> list[PlannedScan]:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import csv
-import hashlib
-import json
 import logging
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from kernels.errors import InputError, unknown_name
-from tasks.common.files import cache_folder, explain_os_errors
+from tasks.common.made_sets import made_once
 from tasks.qtseg.demo.lesions import paint_lesion
 from tasks.qtseg.demo.noise import Picture
 from tasks.qtseg.demo.nuclei import paint_nuclei
@@ -55,29 +51,10 @@ def make_images(
     if not 48 <= side <= 1024:
         raise InputError(f"data.shapes2d.side={side} must be 48 to 1024 pixels.")
     wanted = {"kind": kind, "images": count, "side": side, "seed": seed, "version": _VERSION}
-    digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:10]
-    folder = cache_folder() / f"demo_shapes2d_{digest}" if folder is None else folder
-    marker = folder / "demo.json"
-    if marker.is_file() and json.loads(marker.read_text()) == wanted:
-        return folder / "images.csv"
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"data.shapes2d.folder={folder} holds other files; choose an empty folder.")
-    with explain_os_errors(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".demo_shapes2d.", dir=folder.parent))
-        try:
-            _write(temporary, kind, count, side, seed)
-            (temporary / "demo.json").write_text(json.dumps(wanted))
-            temporary.chmod(0o755)
-            try:
-                temporary.replace(folder)
-            except OSError:  # another process was quicker
-                if not marker.is_file():
-                    raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    log.info("made %d images in %s", count, folder)
-    return folder / "images.csv"
+    place = made_once(
+        "shapes2d", wanted, lambda empty: _write(empty, kind, count, side, seed), folder, f"{count} images"
+    )
+    return place / "images.csv"
 
 
 def class_name(kind: str) -> str:
