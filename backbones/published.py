@@ -1,6 +1,6 @@
 """What is published of a backbone: ImageNet-1k top-1, cost, and the licence of its released weights.
 
-Figures of timm's own models are those of timm's evaluation of its weights; the others are the authors'.
+Figures of timm's own models are those of timm's evaluation of its weights, but for DeiT; the others are the authors'.
 """
 
 from __future__ import annotations
@@ -115,6 +115,9 @@ PUBLISHED: dict[str, Published] = {
         volo_d3_224=(85.44, 20.8),
         volo_d4_224=(85.87, 44.3),
         volo_d5_224=(86.08, 72.4),
+        deit_tiny_patch16_224=(72.2, None),
+        deit_small_patch16_224=(79.8, None),
+        deit_base_patch16_224=(81.8, None),
         swin_tiny_patch4_window7_224=(81.39, 4.5),
         swin_small_patch4_window7_224=(83.23, 8.8),
         swin_base_patch4_window7_224=(83.60, 15.5),

@@ -19,7 +19,7 @@ from kernels.errors import InputError
 from tasks.classification.images import SUFFIXES
 from tasks.common.tables import find_column, read_table
 from tasks.common.weighted_metrics import Kind
-from tasks.common.wording import quoted
+from tasks.common.wording import listed, quoted
 
 SIDES = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"} | {
     side: side for side in ("train", "val", "test")
@@ -221,14 +221,6 @@ def _classes(given: Sequence[str] | None, found: set[str], path: Path) -> tuple[
     if len(classes) < 2:
         raise InputError(f"{path} holds one class only, {quoted(sorted(found))}; at least two are needed.")
     return classes
-
-
-def listed(problems: Sequence[str], limit: int = 20) -> str:
-    """Sentences as one message, a line each when there are several."""
-    if len(problems) == 1:
-        return problems[0]
-    more = [f"... and {len(problems) - limit} more."] if len(problems) > limit else []
-    return "\n  ".join([f"{len(problems)} problems with the data:", *problems[:limit], *more])
 
 
 def _counted(number: int, word: str) -> str:

@@ -22,10 +22,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kernels.errors import InputError, unknown_name
-from tasks.classification.data import ImageSet, Sample, listed
+from tasks.classification.data import ImageSet, Sample
 from tasks.classification.images import Pixels, read_image
 from tasks.common.progress import ProgressBars
 from tasks.common.samplers import EpochSampler
+from tasks.common.wording import listed
 
 _CACHE_BYTES = 2 * 2**30  # of decoded images, for data.cache=auto
 

@@ -35,15 +35,22 @@ class Pair:
 
 PAIRS = (
     Pair("biformer_tiny", "pvt_v2_b1"),
+    Pair("biformer_small", "davit_tiny"),
     Pair("biformer_stl", "swin_tiny_patch4_window7_224"),
     Pair("nat_mini", "pvt_v2_b1"),
+    Pair("nat_tiny", "volo_d1_224"),
     Pair("dinat_tiny", "swin_tiny_patch4_window7_224"),
     Pair("overlock_xtiny", "pvt_v2_b1"),
+    Pair("overlock_tiny", "maxvit_tiny_tf_224"),
     Pair("metaformer_tiny", "pvt_v2_b1"),
     Pair("mavit_tiny", "pvt_v2_b1"),
     Pair("l2vit_tiny", "swin_tiny_patch4_window7_224"),
     Pair("agent_swin_tiny", "swin_tiny_patch4_window7_224", twin=True),
     Pair("inline_swin_tiny", "swin_tiny_patch4_window7_224", twin=True),
+    Pair("agent_deit_tiny", "deit_tiny_patch16_224", twin=True),
+    Pair("inline_deit_tiny", "deit_tiny_patch16_224", twin=True),
+    Pair("dependencyvit_tiny", "deit_tiny_patch16_224", twin=True),
+    Pair("dynperceiver_reg400m_t128", "regnety_004"),
     Pair("gcvit_any_xxtiny", "gcvit_xxtiny", twin=True),
 )
 RELEASED = ("biformer_tiny", "nat_mini", "dinat_mini")

@@ -15,3 +15,15 @@ def quoted(names: Sequence[object], limit: int = 5) -> str:
     """
     shown = ", ".join(f"'{n}'" for n in names[:limit])
     return shown + (f", ... ({len(names)} in all)" if len(names) > limit else "")
+
+
+def listed(problems: Sequence[str], limit: int = 20) -> str:
+    """Sentences as one message, a line each when there are several.
+
+    >>> listed(["a.png is empty."])
+    'a.png is empty.'
+    """
+    if len(problems) == 1:
+        return problems[0]
+    more = [f"... and {len(problems) - limit} more."] if len(problems) > limit else []
+    return "\n  ".join([f"{len(problems)} problems with the data:", *problems[:limit], *more])

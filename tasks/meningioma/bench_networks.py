@@ -1,5 +1,7 @@
 """The networks for volumes beside their peers: DAUNet's attention beside the released one, AGUNet beside MONAI's UNet.
 
+And AGUNet beside itself, trained on patches with its kernels as PyTorch makes them.
+
 ``python -m tasks.bench meningioma``; sizes and repeats shrink with ``FOVEA_BENCH_QUICK=1``.
 """
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from attention.dual_position_channel import PositionAttention
 from kernels.measure import peak_memory
 from tasks.common.bench import BenchRow, median_times
+from tasks.common.segmentation.layout import lay_out
 from tasks.meningioma.networks.agunet import AGUNet
 from tasks.meningioma.networks.peers import MonaiNetwork
 
@@ -23,6 +26,8 @@ PLACES = ((8, 8, 9), (16, 16, 9), (16, 16, 18), (16, 16, 32))
 """Bottlenecks of 576 (128 x 128 x 144 voxels) to 8192 places; a volume of 256 x 256 x 192 has 3072."""
 VOLUMES = (((128, 128, 144), 3), ((256, 256, 192), 1))
 """Sizes of whole volumes, and how often each is timed."""
+PATCHES = (((24, 24, 24), 4), ((64, 64, 64), 2))
+"""Sizes of patches, and how many in a step."""
 EQUAL_CHANNELS = (32, 64, 128, 256, 512)
 """MONAI's UNet with two residual units has 19.2 M parameters with these, AGUNet 18.7 M."""
 
@@ -32,6 +37,7 @@ def rows() -> Iterator[BenchRow]:
     quick = os.environ.get("FOVEA_BENCH_QUICK", "0") == "1"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     yield from position_attention(((3, 3, 4), (4, 4, 4)) if quick else PLACES, device, 1 if quick else 5)
+    yield from patches((((17, 19, 21), 2),) if quick else PATCHES, device, 1 if quick else 9)
     yield from whole_volumes((((33, 33, 35), 1),) if quick else VOLUMES, device)
 
 
@@ -65,6 +71,22 @@ def released_position(module: PositionAttention, x: Tensor) -> Tensor:
     return module.gamma * out.transpose(1, 2).unflatten(2, x.shape[2:]) + x
 
 
+def patches(sizes: Sequence[tuple[Sequence[int], int]], device: torch.device, repeats: int) -> Iterator[BenchRow]:
+    """A training step and an inference of AGUNet on patches, as a task runs it beside kernels with channels first."""
+    for size, count in sizes:
+        torch.manual_seed(0)
+        ours, peer = (AGUNet(filters=(8, 16, 32, 64)).to(device) for _ in range(2))
+        lay_out(ours)
+        x = torch.randn(count, 1, *size, device=device)
+        for direction, step in (("training step", _step), ("inference", _forward)):
+            for network in (ours, peer):
+                network.train(direction == "training step")
+            calls = {name: _waiting(step(net, x), device) for name, net in (("ours", ours), ("peer", peer))}
+            times = median_times(calls, repeats)
+            title = f"agunet of 8 to 64 filters, {count} patches of {' x '.join(map(str, size))} voxels, {direction}"
+            yield BenchRow(title, times["ours"], times["peer"], "itself, kernels with channels first")
+
+
 def whole_volumes(volumes: Sequence[tuple[Sequence[int], int]], device: torch.device) -> Iterator[BenchRow]:
     """AGUNet beside MONAI's UNet of about as many parameters: inference on one volume at once.
 
@@ -74,6 +96,8 @@ def whole_volumes(volumes: Sequence[tuple[Sequence[int], int]], device: torch.de
     torch.manual_seed(0)
     ours = AGUNet().to(device).eval()
     peer = MonaiNetwork("unet", channels=EQUAL_CHANNELS, strides=(2, 2, 2, 2)).to(device).eval()
+    lay_out(ours)
+    lay_out(peer)
     for size, repeats in volumes:
         x = torch.randn(1, 1, *size, device=device)
         calls = {"ours": _forward(ours, x), "peer": _forward(peer, x)}
@@ -93,6 +117,16 @@ def _forward(run: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], object]
     def call() -> None:
         with torch.inference_mode():
             run(x)
+
+    return call
+
+
+def _step(network: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], object]:
+    assert isinstance(network, nn.Module)
+
+    def call() -> None:
+        network.zero_grad(set_to_none=True)
+        network(x).square().mean().backward()
 
     return call
 

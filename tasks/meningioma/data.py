@@ -12,11 +12,11 @@ import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
 from kernels.errors import InputError
-from tasks.common.wording import quoted
+from tasks.common.wording import listed, quoted
 from tasks.meningioma.cases import Case, CaseSet, Values, parse_labels
 from tasks.meningioma.checking import Facts, examine_cases
 from tasks.meningioma.layouts import list_cases
-from tasks.meningioma.listing import Listing, listed
+from tasks.meningioma.listing import Listing
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,11 +93,3 @@ def below(root: Path, text: str) -> Path | None:
 def is_visible(path: Path) -> bool:
     """Whether a file or folder is not hidden."""
     return not path.name.startswith(".")
-
-
-def listed(problems: Sequence[str], limit: int = 20) -> str:
-    """Sentences as one message, a line each when there are several."""
-    if len(problems) == 1:
-        return problems[0]
-    more = [f"... and {len(problems) - limit} more."] if len(problems) > limit else []
-    return "\n  ".join([f"{len(problems)} problems with the data:", *problems[:limit], *more])

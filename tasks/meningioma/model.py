@@ -17,7 +17,7 @@ from tasks.meningioma.networks.build import build_network, refuse_backbone
 from tasks.meningioma.preparation import Preparation
 
 TASK = "meningioma"
-INFERENCE = {"overlap": 0.5, "batch_size": 1, "flips": "none", "amp": False}
+INFERENCE = {"overlap": 0.5, "flips": "none", "amp": False}
 """What ``inference`` is in training where it is null; see :func:`fill_inference`."""
 CUT = {"cutoff": "search", "cut_first": False, "smallest_ml": 0.0}
 

@@ -13,9 +13,10 @@ from omegaconf import OmegaConf
 from kernels.errors import InputError
 from tasks.common.files import safe_id
 from tasks.common.volumes.volume import SUFFIXES, stem_of, suffix_of
+from tasks.common.wording import listed
 from tasks.meningioma.cases import Case, size_of
 from tasks.meningioma.layout_table import list_table
-from tasks.meningioma.listing import is_visible, listed
+from tasks.meningioma.listing import is_visible
 
 
 def find_scans(given: Any, channels: int = 1) -> list[Case]:

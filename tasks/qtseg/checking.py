@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels.errors import InputError
+from tasks.common.images import LOSSY
 from tasks.common.progress import ProgressBars
-from tasks.common.wording import quoted
-from tasks.qtseg.data import ImageSet2D, Sample, listed
-from tasks.qtseg.images import LOSSY
+from tasks.common.wording import listed, quoted
+from tasks.qtseg.data import ImageSet2D, Sample
 from tasks.qtseg.loading import Entry, Store, read_sample, read_second
 
 _AT_ONCE = 16  # decoded images must not pile up

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from kernels.errors import InputError, unknown_name
 from tasks.common.crossval import Fold, check_folds, with_validation
 from tasks.common.folds import Samples, only_these, plan_folds
-from tasks.common.wording import quoted
+from tasks.common.wording import listed, quoted
 from tasks.qtseg.masks import MaskCoding, coding_of
 
 SIDES = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"} | {
@@ -149,14 +149,6 @@ def folds_of(images: ImageSet2D, cfg: DictConfig) -> list[Fold]:
     if settings.splits is None and any(splits):
         settings = OmegaConf.merge(settings, {"splits": "column"})
     return plan_folds(Samples(ids, strata, patients, splits), settings, cfg.seed)
-
-
-def listed(problems: Sequence[str], limit: int = 20) -> str:
-    """Sentences as one message, a line each when there are several."""
-    if len(problems) == 1:
-        return problems[0]
-    more = [f"... and {len(problems) - limit} more."] if len(problems) > limit else []
-    return "\n  ".join([f"{len(problems)} problems with the data:", *problems[:limit], *more])
 
 
 def _check(samples: Sequence[Sample], path: Path) -> None:

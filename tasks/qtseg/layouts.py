@@ -13,10 +13,10 @@ from omegaconf import DictConfig
 
 from kernels.errors import InputError
 from tasks.common.files import safe_id
+from tasks.common.images import IMAGE_SUFFIXES, MASK_SUFFIXES
 from tasks.common.tables import find_column, read_table
-from tasks.common.wording import quoted
-from tasks.qtseg.data import SIDES, ImageSet2D, Sample, listed
-from tasks.qtseg.images import IMAGE_SUFFIXES, MASK_SUFFIXES
+from tasks.common.wording import listed, quoted
+from tasks.qtseg.data import SIDES, ImageSet2D, Sample
 from tasks.qtseg.masks import MaskCoding
 
 _IMAGE_FOLDERS = ("images", "image", "imgs", "img", "inputs", "input", "original")

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kernels.errors import InputError, unknown_name
+from tasks.common.images import Pixels, read_image, read_mask
 from tasks.common.samplers import EpochSampler
 from tasks.qtseg.augmentation import Augmentation, Item
 from tasks.qtseg.data import Sample
-from tasks.qtseg.images import Pixels, read_image, read_mask
 from tasks.qtseg.masks import Labels, MaskCoding, read_labels
 from tasks.qtseg.preprocessing import Canvas, Preprocessing, Scale, to_byte_scale
 

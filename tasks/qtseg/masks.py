@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels.errors import InputError
-from tasks.qtseg.images import MaskPixels, read_mask
+from tasks.common.images import MaskPixels, read_mask
 
 Labels = NDArray[np.uint8]
 Kind = Literal["binary", "greys", "colours", "hues"]

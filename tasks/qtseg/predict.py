@@ -18,13 +18,13 @@ from kernels.errors import InputError
 from tasks.common.contours import write_geojson
 from tasks.common.devices import device_for
 from tasks.common.files import atomic_path
+from tasks.common.images import read_image
 from tasks.common.mask_outlines import class_contours
 from tasks.common.report import Report
 from tasks.common.runs import open_run
 from tasks.common.segmentation.checkpoint import Segmenter
 from tasks.common.segmentation.inference import Inference
 from tasks.common.segmentation.new_cases import segment_each
-from tasks.qtseg.images import read_image
 from tasks.qtseg.mask_files import colours_of, write_mask
 from tasks.qtseg.model import load
 from tasks.qtseg.outcomes import CHOSEN_ON_TEST, write_probabilities

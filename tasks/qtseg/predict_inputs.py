@@ -11,8 +11,8 @@ from typing import Any
 
 from kernels.errors import InputError
 from tasks.common.files import safe_id
+from tasks.common.images import IMAGE_SUFFIXES
 from tasks.common.tables import find_column, read_table
-from tasks.qtseg.images import IMAGE_SUFFIXES
 from tasks.qtseg.layouts import files_below
 
 

@@ -15,8 +15,9 @@ from omegaconf import DictConfig
 from kernels.errors import InputError
 from tasks.common.crossval import Fold
 from tasks.common.files import safe_id
-from tasks.qtseg.data import ImageSet2D, Sample, listed
-from tasks.qtseg.images import IMAGE_SUFFIXES
+from tasks.common.images import IMAGE_SUFFIXES
+from tasks.common.wording import listed
+from tasks.qtseg.data import ImageSet2D, Sample
 from tasks.qtseg.layouts import Place, files_below, pair, read_folders
 from tasks.qtseg.masks import MaskCoding
 

@@ -9,8 +9,8 @@ import tifffile
 from PIL import Image
 
 from kernels.errors import InputError
-from tasks.classification import images
 from tasks.classification.images import read_image
+from tasks.common import images
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (20, 30, 3), dtype=np.uint8)

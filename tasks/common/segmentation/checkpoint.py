@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from kernels.errors import InputError
 from tasks.common.checkpoints import find_checkpoints, read_model, write_model
 from tasks.common.segmentation.inference import Inference, predict_probabilities
+from tasks.common.segmentation.layout import lay_out
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Segmenter:
     def to(self, device: torch.device | str) -> Segmenter:
         """Move all networks."""
         for model in self.models:
-            model.to(device)
+            lay_out(model.to(device))
         return self
 
     def probabilities(

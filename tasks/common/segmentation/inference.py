@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from kernels.errors import InputError
 
 FLIPS = ("none", "axes", "all")
+TOGETHER = 2**20
+"""Voxels of the windows that are looked at together: 8 of 48 x 48 x 48, 4 of 64 x 64 x 64, one of 128 x 128 x 128."""
+MOST_WINDOWS = 8
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Inference:
     Attributes:
         patch_size: of the windows, one length for each axis; None: the whole image at once.
         overlap: share that neighbouring windows have in common.
-        batch_size: windows at once.
+        batch_size: windows at once; None: as many small ones as have the voxels of a large one.
         flips: test-time flips: ``"none"``, ``"axes"``: each of ``flip_axes`` alone, ``"all"``: every combination.
         flip_axes: of the image, counted from 0 without batch and channels; None: all.
         amp: run the networks in bfloat16 on a GPU.
@@ -32,7 +36,7 @@ class Inference:
 
     patch_size: tuple[int, ...] | None = None
     overlap: float = 0.5
-    batch_size: int = 1
+    batch_size: int | None = None
     flips: str = "none"
     flip_axes: tuple[int, ...] | None = None
     amp: bool = False
@@ -42,10 +46,16 @@ class Inference:
             raise InputError(f"inference.flips={self.flips} is not known; use {', '.join(FLIPS)}.")
         if not 0 <= self.overlap < 1:
             raise InputError(f"inference.overlap={self.overlap} must be 0 or more and less than 1.")
-        if self.batch_size < 1:
+        if self.batch_size is not None and self.batch_size < 1:
             raise InputError(f"inference.batch_size={self.batch_size} must be 1 or more.")
         if self.patch_size is not None and min(self.patch_size) < 1:
             raise InputError(f"inference.patch_size={list(self.patch_size)} must be lengths of 1 or more.")
+
+    def windows_at_once(self) -> int:
+        """How many windows go through the network together."""
+        if self.batch_size is not None or self.patch_size is None:
+            return self.batch_size or 1
+        return min(MOST_WINDOWS, max(1, TOGETHER // math.prod(self.patch_size)))
 
     def flipped_axes(self, dims: int) -> list[tuple[int, ...]]:
         """The sets of axes to flip, the empty one first.
@@ -113,7 +123,7 @@ def _run(model: nn.Module, image: Tensor, how: Inference, device: torch.device) 
     out = sliding_window_inference(
         image,
         how.patch_size,
-        how.batch_size,
+        how.windows_at_once(),
         probabilities,
         overlap=how.overlap,
         mode="gaussian",
@@ -170,6 +180,8 @@ def sliding_logits(model: nn.Module, image: Tensor, how: Inference) -> Tensor:
     from monai.inferers.utils import sliding_window_inference
 
     assert how.patch_size is not None
-    out = sliding_window_inference(image, how.patch_size, how.batch_size, model, overlap=how.overlap, mode="gaussian")
+    out = sliding_window_inference(
+        image, how.patch_size, how.windows_at_once(), model, overlap=how.overlap, mode="gaussian"
+    )
     assert isinstance(out, Tensor)
     return out

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tasks.common.optimisation import Recipe, configure
 from tasks.common.segmentation.batch import Batch
+from tasks.common.segmentation.layout import lay_out
 from tasks.common.segmentation.losses import IGNORE, DeepSupervision
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
@@ -42,6 +43,9 @@ class SegmentationModule(L.LightningModule):
         self._forward: Forward = forward or (lambda model, image: model(image))
         self._freeze = freeze
         self._outcomes: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def on_fit_start(self) -> None:
+        lay_out(self.model)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Not at the start of the epoch, a hook that is left out for the epoch that a stopped run goes on with.

@@ -44,6 +44,28 @@ def test_windows_and_flips_of_a_pointwise_network_change_nothing(size: tuple[int
         assert torch.allclose(out, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("patch", "given", "expected"),
+    [((24,) * 3, None, 8), ((64,) * 3, None, 4), ((128, 128, 144), None, 1), ((24,) * 3, 3, 3), (None, None, 1)],
+)
+def test_small_windows_go_through_together(patch: tuple[int, ...] | None, given: int | None, expected: int) -> None:
+    assert Inference(patch_size=patch, batch_size=given).windows_at_once() == expected
+
+
+def test_windows_together_are_what_they_are_alone() -> None:
+    seen: list[int] = []
+
+    class Counted(_Pointwise):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(len(x))
+            return super().forward(x)
+
+    image = torch.randn(1, 11, 12, 13, generator=torch.Generator().manual_seed(1))
+    hows = [Inference(patch_size=(6, 6, 6), batch_size=count) for count in (1, None)]
+    alone, together = (predict_probabilities([Counted(1.0)], image, how) for how in hows)
+    assert max(seen) == 8 and torch.allclose(alone, together, atol=1e-6)
+
+
 def test_flips_make_the_answer_symmetric_and_count_each_step() -> None:
     steps: list[int] = []
     how = Inference(flips="all", flip_axes=(1,))

@@ -18,6 +18,10 @@ def test_the_released_formulation_computes_the_same() -> None:
 def test_every_row_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FOVEA_BENCH_QUICK", "1")
     rows = list(bench_networks.rows())
-    assert [row.name.partition(",")[0] for row in rows] == ["position attention"] * 4 + ["agunet"]
+    assert [row.name.partition(",")[0] for row in rows] == [
+        *["position attention"] * 4,
+        *["agunet of 8 to 64 filters"] * 2,
+        "agunet",
+    ]
     assert all(row.ours > 0 and row.peer > 0 and (row.peak_mb or 1) > 0 for row in rows)
     assert "19.2 M parameters (ours 18.7 M)" in rows[-1].peer_name

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from kernels.errors import InputError
-from tasks.qtseg.images import MaskPixels
+from tasks.common.images import MaskPixels
 from tasks.qtseg.masks import MaskCoding, coding_of, read_labels
 from tests.qtseg.data.files import save
 

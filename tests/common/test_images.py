@@ -9,8 +9,8 @@ import tifffile
 from PIL import Image
 
 from kernels.errors import InputError
-from tasks.qtseg import images
-from tasks.qtseg.images import read_image, read_mask
+from tasks.common import images
+from tasks.common.images import read_image, read_mask
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (20, 30, 3), dtype=np.uint8)

@@ -109,7 +109,7 @@ def _image_of_pillow(path: Path) -> Pixels:
         upright = ImageOps.exif_transpose(image)
         if upright.mode == "P":
             greys = _greys_of_palette(upright)
-            return greys if greys is not None else np.asarray(upright.convert("RGBA").convert("RGB"))
+            return greys if greys is not None else _colours_of_palette(upright)
         if upright.mode == "I":  # PGM of more than 8 bits
             return np.asarray(upright).astype(np.uint16)
         if upright.mode in ("1", "L", "LA", "I;16", "RGB", "RGBA"):
@@ -127,7 +127,7 @@ def _mask_of_pillow(path: Path, palette: list[NDArray[np.uint8]]) -> Pixels:
             greys = _greys_of_palette(image)
             if greys is not None:
                 return greys
-            palette.append(np.asarray(image.convert("RGB")))
+            palette.append(_colours_of_palette(image))
         elif image.mode not in ("1", "L", "LA", "I;16", "I", "RGB", "RGBA"):
             return np.asarray(image.convert("RGB"))
         return np.asarray(image)
@@ -151,7 +151,12 @@ def _read_deep_png(path: Path, image: Image.Image) -> Pixels:
 
 def _greys_of_palette(image: Image.Image) -> Pixels | None:
     """Grey of every pixel when all colours that are used are grey, else None."""
-    return (lambda a: a if a.ndim == 2 else None)(_grey_if_equal(np.asarray(image.convert("RGB"))))
+    return (lambda a: a if a.ndim == 2 else None)(_grey_if_equal(_colours_of_palette(image)))
+
+
+def _colours_of_palette(image: Image.Image) -> NDArray[np.uint8]:
+    """(H, W, 3); through RGBA, because Pillow warns of palettes of which some entries are transparent."""
+    return np.asarray(image.convert("RGBA").convert("RGB"))
 
 
 def _grey_if_equal(array: Pixels) -> Pixels:
