@@ -15,7 +15,7 @@ from tasks.meningioma.networks.agunet import AGUNet
 
 def test_maps_and_gradients_stay_and_the_channels_come_last(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    plain = AGUNet(filters=(3, 4, 5))
+    plain = AGUNet(filters=(3, 4, 5), deep_supervision=False)
     laid = copy.deepcopy(plain)
     lay_out(laid)
     files = [tmp_path / name for name in ("plain.safetensors", "laid.safetensors")]
