@@ -45,7 +45,7 @@ def register() -> type[nn.Module]:
         raise InputError(
             "FoveaBackbone needs mmdet; install it with: pip install -U openmim && mim install mmengine mmcv mmdet"
         ) from error
-    known = MODELS.get("FoveaBackbone")
+    known = MODELS.module_dict.get("FoveaBackbone")  # get() would import every detector first
     if known is not None:
         return known
     cls = type("FoveaBackbone", (_Backbone, BaseModule), {"__doc__": _Backbone.__doc__, "__module__": __name__})

@@ -114,8 +114,8 @@ def bench_packages(operators: Sequence[str]) -> list[str]:
     return [module for module in modules if importlib.util.find_spec(f"{module}.bench")]
 
 
-def describe(device: torch.device, machine: Machine) -> dict[str, str]:
-    """The machine and the versions, for the head of a table."""
+def describe(device: torch.device, machine: Machine | None = None) -> dict[str, str]:
+    """The machine, its limits where they were measured, and the versions, for the head of a table."""
     import torch
 
     try:
@@ -129,15 +129,17 @@ def describe(device: torch.device, machine: Machine) -> dict[str, str]:
         if device.type == "cuda"
         else f"{_processor()}, {torch.get_num_threads()} threads"
     )
-    rates = ", ".join(
-        f"{str(d).removeprefix('torch.')} {rate / 1e12:.3g} TFLOP/s" for d, rate in machine.matmul.items()
-    )
-    return {
+    about = {
         "device": name,
         "versions": f"torch {torch.__version__}, triton {triton_version}, Python {platform.python_version()}",
         "date": date.today().isoformat(),
-        "measured limits": f"copy {machine.copy / 1e9:.3g} GB/s, matrix product {rates}",
     }
+    if machine is not None:
+        rates = ", ".join(
+            f"{str(d).removeprefix('torch.')} {rate / 1e12:.3g} TFLOP/s" for d, rate in machine.matmul.items()
+        )
+        about["measured limits"] = f"copy {machine.copy / 1e9:.3g} GB/s, matrix product {rates}"
+    return about
 
 
 def _processor() -> str:

@@ -1,4 +1,4 @@
-"""Benchmarks, ours beside a peer in one run: ``python -m tasks.bench [TASK ...] [--json FILE]``.
+"""Benchmarks, ours beside a peer in one run: ``python -m tasks.bench [TASK ...] [--json FILE] [--markdown FILE]``.
 
 Each section is a module with ``rows() -> Iterator[BenchRow]``. With ``--matrix``, every combination of a task's parts
 is tried instead, and the exit code says whether all could be.
@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tasks.bench", description="Time the toolkit beside its peers.")
     parser.add_argument("task", nargs="*", help=f"which task's benchmarks: {', '.join(SECTIONS)} (default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write tables to FILE, as in RESULTS.md")
     parser.add_argument("--matrix", action="store_true", help="one training step with every backbone and attention")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw what can be drawn (backbones) as PNG")
     chosen = parser.parse_args(arguments)
@@ -53,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise unknown_name("task", task, SECTIONS)
         if chosen.matrix:
             return max([run_matrix(task, console) for task in chosen.task or MATRICES], default=0)
-        rows = [row for task in chosen.task or SECTIONS for row in _task_rows(task, console)]
+        sections = [found for task in chosen.task or SECTIONS for found in _measured(task, console)]
+        rows = [row for _, measured in sections for row in measured]
         if chosen.plot is not None:
             from tasks.common.bench_backbones import plot
 
@@ -62,6 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if chosen.json is not None:
             with atomic_path(chosen.json) as path:
                 path.write_text(json.dumps([asdict(row) | {"ratio": row.ratio} for row in rows], indent=2))
+        if chosen.markdown is not None:
+            with atomic_path(chosen.markdown) as path:
+                path.write_text(markdown(sections))
     except InputError as error:
         Console(stderr=True, soft_wrap=True, highlight=False).print(str(error), markup=False)
         return 1
@@ -84,8 +89,8 @@ def run_matrix(task: str, console: Console) -> int:
     return int(failed > 0)
 
 
-def _task_rows(task: str, console: Console) -> Iterator[BenchRow]:
-    """Rows of every section of ``task``; each section's table is printed when it is complete."""
+def _measured(task: str, console: Console) -> Iterator[tuple[str, list[BenchRow]]]:
+    """Title and rows of every section of ``task``; each section's table is printed when it is complete."""
     for section, module in SECTIONS[task].items():
         if importlib.util.find_spec(module) is None:
             console.print(f"{task} {section}: absent, there is no {module}")
@@ -95,7 +100,22 @@ def _task_rows(task: str, console: Console) -> Iterator[BenchRow]:
             _log.info("%s: ratio %.2f", row.name, row.ratio)
             rows.append(row)
         console.print(table(f"{task} {section}", rows))
-        yield from rows
+        yield f"{task} {section}", rows
+
+
+def markdown(sections: Sequence[tuple[str, Sequence[BenchRow]]]) -> str:
+    """Every section as a Markdown table, after the machine and the versions it was measured with."""
+    import torch
+
+    from kernels.bench import describe
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    lines = [f"* {name}: {value}" for name, value in describe(device).items()]
+    for title, rows in sections:
+        lines += ["", f"### {title}", "", "| what | ours | peer | ratio | our peak memory | peer is |"]
+        lines += ["|---|---:|---:|---:|---:|---|"]
+        lines += [f"| {' | '.join(_cells(row))} |" for row in rows]
+    return "\n".join(lines) + "\n"
 
 
 def table(title: str, rows: Sequence[BenchRow]) -> Table:
@@ -105,16 +125,14 @@ def table(title: str, rows: Sequence[BenchRow]) -> Table:
         column.justify = "right"
         column.no_wrap = True
     for row in rows:
-        peak = "" if row.peak_mb is None else f"{row.peak_mb:,.0f} MB"
-        shown.add_row(
-            row.name,
-            quantity(row.ours, row.unit),
-            quantity(row.peer, row.unit),
-            f"{row.ratio:.2f}",
-            peak,
-            row.peer_name,
-        )
+        shown.add_row(*_cells(row))
     return shown
+
+
+def _cells(row: BenchRow) -> list[str]:
+    peak = "" if row.peak_mb is None else f"{row.peak_mb:,.0f} MB"
+    rates = quantity(row.ours, row.unit), quantity(row.peer, row.unit)
+    return [row.name, *rates, f"{row.ratio:.2f}", peak, row.peer_name]
 
 
 def quantity(value: float, unit: str) -> str:

@@ -30,13 +30,19 @@ def test_rows_are_printed_and_written(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(bench, "SECTIONS", {"wsi_mil": {"training": __name__}})
-    assert bench.main(["wsi_mil", "--json", str(tmp_path / "rows.json")]) == 0
+    assert bench.main(["wsi_mil", "--json", str(tmp_path / "rows.json"), "--markdown", str(tmp_path / "rows.md")]) == 0
     printed = capsys.readouterr().out
     for expected in ("50.0 ms", "100.0 ms", "2.00", "1,234 MB", "the peer", "90 tiles/s", "0.90"):
         assert expected in printed
     written = json.loads((tmp_path / "rows.json").read_text())
     assert [row["name"] for row in written] == ["a step", "reading"]
     assert written[0]["ratio"] == pytest.approx(2.0)
+    lines = (tmp_path / "rows.md").read_text().splitlines()
+    assert "### wsi_mil training" in lines and any(f"torch {torch.__version__}" in line for line in lines)
+    assert lines[-2:] == [
+        "| a step | 50.0 ms | 100.0 ms | 2.00 | 1,234 MB | the peer |",
+        "| reading | 90 tiles/s | 100 tiles/s | 0.90 |  | bare reads |",
+    ]
 
 
 def test_a_section_that_is_not_there_is_said_to_be_absent(

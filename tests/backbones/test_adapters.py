@@ -26,13 +26,10 @@ class Registry:
     """As much of mmengine's as the adapter uses."""
 
     def __init__(self) -> None:
-        self.known: dict[str, type] = {}
-
-    def get(self, name: str) -> type | None:
-        return self.known.get(name)
+        self.module_dict: dict[str, type] = {}
 
     def register_module(self, module: type) -> None:
-        self.known[module.__name__] = module
+        self.module_dict[module.__name__] = module
 
 
 class BaseModule(nn.Module):
