@@ -10,10 +10,9 @@ import argparse
 import importlib
 import importlib.util
 import json
-import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -34,8 +33,6 @@ SECTIONS = {
 MATRICES = {"qtseg": "tasks.qtseg.bench_networks"}
 """The module whose ``matrix()`` tries everything that a task can be put together from, by task."""
 
-_log = logging.getLogger(__name__)
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmarks named on the command line, print a table, return the exit code."""
@@ -54,19 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise unknown_name("task", task, SECTIONS)
         if chosen.matrix:
             return max([run_matrix(task, console) for task in chosen.task or MATRICES], default=0)
-        sections = [found for task in chosen.task or SECTIONS for found in _measured(task, console)]
-        rows = [row for _, measured in sections for row in measured]
-        if chosen.plot is not None:
-            from tasks.common.bench_backbones import plot
-
-            with atomic_path(chosen.plot) as path:
-                plot(rows, path)
-        if chosen.json is not None:
-            with atomic_path(chosen.json) as path:
-                path.write_text(json.dumps([asdict(row) | {"ratio": row.ratio} for row in rows], indent=2))
-        if chosen.markdown is not None:
-            with atomic_path(chosen.markdown) as path:
-                path.write_text(markdown(sections))
+        found: dict[str, list[BenchRow]] = {}
+        for task in chosen.task or SECTIONS:
+            for title, row in _measured(task, console):
+                found.setdefault(title, []).append(row)
+                _save(chosen, found)  # at once: what was measured must outlive what comes next
     except InputError as error:
         Console(stderr=True, soft_wrap=True, highlight=False).print(str(error), markup=False)
         return 1
@@ -89,21 +78,38 @@ def run_matrix(task: str, console: Console) -> int:
     return int(failed > 0)
 
 
-def _measured(task: str, console: Console) -> Iterator[tuple[str, list[BenchRow]]]:
-    """Title and rows of every section of ``task``; each section's table is printed when it is complete."""
+def _measured(task: str, console: Console) -> Iterator[tuple[str, BenchRow]]:
+    """Each row with the title of its section; a section's table is printed when it is complete."""
     for section, module in SECTIONS[task].items():
+        title = f"{task} {section}"
         if importlib.util.find_spec(module) is None:
-            console.print(f"{task} {section}: absent, there is no {module}")
+            console.print(f"{title}: absent, there is no {module}")
             continue
-        rows = []
-        for row in importlib.import_module(module).rows():
-            _log.info("%s: ratio %.2f", row.name, row.ratio)
-            rows.append(row)
-        console.print(table(f"{task} {section}", rows))
-        yield f"{task} {section}", rows
+        rows: list[BenchRow] = []
+        with console.status(title) as status:  # on a terminal: which row is done, while the next is timed
+            for row in importlib.import_module(module).rows():
+                rows.append(row)
+                status.update(f"{title}: {len(rows)} rows, {row.name}: ratio {row.ratio:.2f}")
+                yield title, row
+        console.print(table(title, rows))
 
 
-def markdown(sections: Sequence[tuple[str, Sequence[BenchRow]]]) -> str:
+def _save(chosen: argparse.Namespace, found: Mapping[str, Sequence[BenchRow]]) -> None:
+    rows = [row for measured in found.values() for row in measured]
+    if chosen.json is not None:
+        with atomic_path(chosen.json) as path:
+            path.write_text(json.dumps([asdict(row) | {"ratio": row.ratio} for row in rows], indent=2))
+    if chosen.markdown is not None:
+        with atomic_path(chosen.markdown) as path:
+            path.write_text(markdown(found))
+    if chosen.plot is not None:
+        from tasks.common.bench_backbones import plot
+
+        with atomic_path(chosen.plot) as path:
+            plot(rows, path)
+
+
+def markdown(sections: Mapping[str, Sequence[BenchRow]]) -> str:
     """Every section as a Markdown table, after the machine and the versions it was measured with."""
     import torch
 
@@ -111,7 +117,7 @@ def markdown(sections: Sequence[tuple[str, Sequence[BenchRow]]]) -> str:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lines = [f"* {name}: {value}" for name, value in describe(device).items()]
-    for title, rows in sections:
+    for title, rows in sections.items():
         lines += ["", f"### {title}", "", "| what | ours | peer | ratio | our peak memory | peer is |"]
         lines += ["|---|---:|---:|---:|---:|---|"]
         lines += [f"| {' | '.join(_cells(row))} |" for row in rows]

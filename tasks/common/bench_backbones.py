@@ -117,11 +117,12 @@ def _timed(
     name: str, ours: nn.Module, peer: nn.Module, peer_name: str, pixels: int, batch: int, repeats: int
 ) -> Iterator[BenchRow]:
     device = next(ours.parameters()).device
-    images = torch.randn(batch, 3, pixels, pixels, device=device)
-    for direction, step in (("inference", _inference), ("training step", _training)):
+    # Two images train at least: batch normalisation of a single pooled vector has no variance.
+    for direction, step, count in (("inference", _inference, batch), ("training step", _training, max(batch, 2))):
+        images = torch.randn(count, 3, pixels, pixels, device=device)
         times = median_times({"ours": step(ours, images), "peer": step(peer, images)}, repeats)
-        title = f"{name} {pixels} px, batch {batch}, {direction}"
-        rates = {who: batch / seconds for who, seconds in times.items()}
+        title = f"{name} {pixels} px, batch {count}, {direction}"
+        rates = {who: count / seconds for who, seconds in times.items()}
         yield BenchRow(title, rates["ours"], rates["peer"], peer_name, "images/s", _peak(step(ours, images), device))
 
 
