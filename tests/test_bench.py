@@ -53,6 +53,21 @@ def test_a_section_that_is_not_there_is_said_to_be_absent(
     assert "wsi_mil nothing: absent, there is no tasks.wsi_mil.bench_nothing" in capsys.readouterr().out
 
 
+def test_what_was_measured_outlives_a_row_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    measured = list(rows())
+
+    def failing() -> Iterator[BenchRow]:
+        yield from measured
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(sys.modules[__name__], "rows", failing)
+    monkeypatch.setattr(bench, "SECTIONS", {"wsi_mil": {"training": __name__}})
+    files = [tmp_path / name for name in ("rows.json", "rows.md")]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        bench.main(["--json", str(files[0]), "--markdown", str(files[1])])
+    assert len(json.loads(files[0].read_text())) == 2 and "| reading |" in files[1].read_text()
+
+
 @dataclass
 class Tried:
     """An outcome as a matrix gives it; this module stands in for one."""

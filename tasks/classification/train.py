@@ -212,7 +212,7 @@ def run_fold(study: Study, fold: Fold, cfg: DictConfig, folder: Path, bars: Prog
         def show(epoch: int, _epochs: int, row: Mapping[str, float]) -> None:
             shown = [f"{name} {row[key]:.3f}" for name, key in _SHOWN if key in row]
             bar.describe("  ".join([fold_name(fold), *shown]))
-            bar.advance(epoch - bar.done)
+            bar.reach(epoch)
 
         fitted = fit(
             ClassifierModule(network, objective, images.kind, recipe, seed),

@@ -105,7 +105,7 @@ class Bar:
         passing: bool,
     ) -> None:
         self.description, self.total, self.unit, self.passing = description, total, unit, passing
-        self.done = 0
+        self.done = self._before = 0
         self._bars, self._progress = bars, progress
         self._lock = threading.Lock()
         self._closed = False
@@ -126,6 +126,12 @@ class Bar:
                 self._logged = now
         if due:
             logger.info("%s", self._line(now))
+
+    def reach(self, done: int) -> None:
+        """``done`` units are done in all; at the first call all but one of them by an earlier run, without a rate."""
+        if not self.done:
+            self._before = max(done - 1, 0)
+        self.advance(done - self.done)
 
     def describe(self, text: str) -> None:
         """Change the text before the bar, to say how it goes."""
@@ -162,11 +168,12 @@ class Bar:
         if not self.total:
             return f"{self.description}: {self.done} {self.unit}{self._rate(seconds)}"
         share = f"{self.done} of {self.total} {self.unit} ({self.done / self.total:.0%})"
-        left = f", {_span(seconds / self.done * (self.total - self.done))} left" if self.done else ""
+        here = self.done - self._before
+        left = f", {_span(seconds / here * (self.total - self.done))} left" if here else ""
         return f"{self.description}: {share}{self._rate(seconds)}{left}"
 
     def _rate(self, seconds: float) -> str:
-        return f", {format_rate(self.done / seconds, self.unit)}" if seconds > 0 else ""
+        return f", {format_rate((self.done - self._before) / seconds, self.unit)}" if seconds > 0 else ""
 
 
 def track(

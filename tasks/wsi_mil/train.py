@@ -115,7 +115,7 @@ def run_fold(
 
         def show(epoch: int, _epochs: int, row: Mapping[str, float]) -> None:
             bar.describe(f"{fold_name(fold)}  {_epoch_note(row)}")
-            bar.advance(epoch - bar.done)
+            bar.reach(epoch)
 
         fitted = fit(
             SlideModule(model, target, recipe),

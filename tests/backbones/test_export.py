@@ -43,7 +43,7 @@ def test_an_exported_pyramid_gives_the_same_maps(name: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["metaformer_tiny", "convnext_atto", "resnet18"])
+@pytest.mark.parametrize("name", [*FAMILIES.values(), "resnet18", "convnext_atto"])
 @torch.no_grad()
 def test_onnx_gives_the_same_maps(name: str, tmp_path: Path) -> None:
     pytest.importorskip("onnx")

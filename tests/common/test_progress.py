@@ -44,6 +44,16 @@ def test_without_a_terminal_a_line_is_logged_now_and_then(caplog: pytest.LogCapt
     assert bars.console.file.getvalue() == ""  # type: ignore[attr-defined]
 
 
+def test_what_an_earlier_run_has_done_has_no_rate(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    clock = Clock()
+    with quiet(clock) as bars, bars.add("fold", total=100, unit="epochs", passing=True) as bar:
+        for epoch in range(61, 64):
+            clock.now += 5
+            bar.reach(epoch)
+    assert caplog.messages == ["fold: 62 of 100 epochs (62%), 12.0 epochs/min, 3 min 10 s left"]
+
+
 def test_passing_bars_do_not_log_their_end_and_unknown_totals_have_no_share(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     clock = Clock()

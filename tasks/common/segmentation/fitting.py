@@ -102,7 +102,7 @@ def fit_network(
 
         def show(epoch: int, _epochs: int, row: Mapping[str, float]) -> None:
             bar.describe("  ".join([name, *(f"{label} {row[key]:.3f}" for label, key in _SHOWN if key in row)]))
-            bar.advance(epoch - bar.done)
+            bar.reach(epoch)
 
         def step(batch: int, shape: tuple[int, ...]) -> None:
             image = torch.zeros(batch, channels, *shape, device=next(network.parameters()).device)
