@@ -194,6 +194,7 @@ def _train(
         size=size,
         channels=int(study.description.network["in_channels"]),
         size_option="data.preparation.patch" if sliding else "data.preparation.size",
+        per_item=int(cfg.augment.patches_per_volume) if sliding else 1,
     )
     with first_process() as writes:
         if not writes:

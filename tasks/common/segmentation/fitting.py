@@ -85,6 +85,7 @@ def fit_network(
     size: Sequence[int] = (),
     channels: int = 1,
     size_option: str = "data.size",
+    per_item: int = 1,
 ) -> Fitted:
     """Train in ``folder`` and leave the weights worth keeping in ``network``, with a bar of epochs.
 
@@ -92,6 +93,7 @@ def fit_network(
         loaders: of training batches, and of validation batches or None.
         forward: logits of whole images in validation, see :class:`SegmentationModule`.
         size: of the images or patches that are trained on, to say what would fit when memory runs out.
+        per_item: patches that a batch has of each of its volumes.
     """
     recipe = recipe_of(cfg.training)
     if cfg.training.norm_momentum is not None:
@@ -108,7 +110,8 @@ def fit_network(
             image = torch.zeros(batch, channels, *shape, device=next(network.parameters()).device)
             loss(_levels(network, image), torch.zeros(batch, *shape, dtype=torch.long, device=image.device)).backward()
 
-        with explain_out_of_memory(step, cfg.training.batch_size, size, options=("training.batch_size", size_option)):
+        options = ("training.batch_size", size_option)
+        with explain_out_of_memory(step, cfg.training.batch_size, size, options=options, per_item=per_item):
             return fit(
                 module,
                 loaders[0],

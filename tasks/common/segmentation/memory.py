@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from kernels.errors import InputError
+
+_SAID = (
+    "out of memory",
+    "can't allocate memory",
+    "std::bad_alloc",
+    "could not create a primitive",
+    "could not create a memory",
+)
+"""By CUDA, by PyTorch's allocator on a CPU, by C++, and by oneDNN, whose own buffers come on top of a map's."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -16,7 +26,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     said = str(error).lower()
-    return isinstance(error, RuntimeError) and ("out of memory" in said or "can't allocate memory" in said)
+    return isinstance(error, RuntimeError) and any(part in said for part in _SAID)
 
 
 @contextlib.contextmanager
@@ -26,6 +36,7 @@ def explain_out_of_memory(
     size: Sequence[int],
     multiple: int = 16,
     options: tuple[str, str] = ("training.batch_size", "data.size"),
+    per_item: int = 1,
 ) -> Iterator[None]:
     """Turn running out of memory into a sentence with the batch or the size that would fit.
 
@@ -35,6 +46,7 @@ def explain_out_of_memory(
         size: spatial size of the images or patches.
         multiple: sizes are tried in steps of this.
         options: names of the settings to change.
+        per_item: images or patches of each of a batch's ``batch_size`` items.
 
     Raises:
         InputError: memory ran out in the block.
@@ -45,16 +57,17 @@ def explain_out_of_memory(
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        failure = error.with_traceback(None)  # the frames hold the tensors that filled the memory
+        _empty_frames(error)
+        failure = error.with_traceback(None)
     shape = "x".join(map(str, size))
-    fits = what_fits(step, batch_size, size, multiple)
+    fits = what_fits(lambda batch, tried: step(batch * per_item, tried), batch_size, size, multiple)
     if fits is None:
-        advice = f"not even one image of {multiple} per axis fits; use a smaller network."
+        advice = "not even one small image fits; use a smaller network."
     elif fits[1] == tuple(size):
         advice = f"{options[0]}={fits[0]} fits; trainer.accumulate_grad_batches keeps the effective batch."
     else:
         advice = f"{options[0]}={fits[0]} with {options[1]}=[{','.join(map(str, fits[1]))}] fits."
-    raise InputError(f"memory ran out with {batch_size} images of {shape} at once: {advice}") from failure
+    raise InputError(f"memory ran out with {batch_size * per_item} images of {shape} at once: {advice}") from failure
 
 
 def what_fits(
@@ -77,13 +90,26 @@ def _runs(step: Callable[[int, tuple[int, ...]], None], batch: int, size: tuple[
     _release()
     try:
         step(batch, size)
+    except InputError:  # the network takes nothing as small as that
+        return False
     except Exception as error:
         if is_out_of_memory(error):
+            _empty_frames(error)
             return False
         raise
     finally:
         _release()
     return True
+
+
+def _empty_frames(error: BaseException | None) -> None:
+    """Let go of the tensors that filled the memory, which the frames that an exception came through still hold.
+
+    The frames in turn are held by the ``with`` statement that it is leaving, whatever is done to the exception itself.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _release() -> None:

@@ -1,5 +1,7 @@
 """Probabilities of whole images, windows, flips and ensembles; filters of components; cuts."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -110,6 +112,29 @@ def test_wrong_settings_are_one_sentence(settings: dict[str, object], said: str)
         predict_probabilities([_Pointwise(1.0)], torch.zeros(1, 6, 6), Inference(**settings))  # type: ignore[arg-type]
 
 
+def test_what_filled_the_memory_is_released_before_less_is_tried() -> None:
+    alive: list[weakref.ref[Tensor]] = []
+
+    def fill() -> None:
+        large = torch.zeros(1000)
+        alive.append(weakref.ref(large))
+        raise RuntimeError("could not create a primitive")
+
+    def step(_batch: int, size: tuple[int, ...]) -> None:
+        assert all(held() is None for held in alive)
+        if max(size) > 32:
+            fill()
+        if max(size) < 32:
+            raise InputError("too small for the network")
+
+    with pytest.raises(InputError, match=r"training.batch_size=1 with data.size=\[32,32\] fits"):
+        with explain_out_of_memory(step, 2, (64, 64)):
+            fill()
+    with pytest.raises(InputError, match="not even one small image fits"):
+        with explain_out_of_memory(lambda batch, size: step(batch, tuple(n + 48 for n in size)), 1, (64, 64)):
+            fill()
+
+
 def test_dice_of_an_image() -> None:
     label = torch.tensor([[0, 1, 1], [2, 2, -1]])
     assert mean_dice(label.clamp_min(0), label, 4) == 1
@@ -131,5 +156,10 @@ def test_what_fits_is_said_when_memory_runs_out() -> None:
         explain_out_of_memory(step, 4, (32, 32, 32)),
     ):
         step(4, (32, 32, 32))
+    with (
+        pytest.raises(InputError, match=r"8 images of .*batch_size=2 fits"),
+        explain_out_of_memory(lambda batch, size: step(batch // 2, size), 4, (24, 24, 24), per_item=2),
+    ):
+        step(8, (32, 32, 32))
     with pytest.raises(ValueError, match="something else"), explain_out_of_memory(step, 4, (32, 32, 32)):
         raise ValueError("something else")
