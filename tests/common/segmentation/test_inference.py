@@ -127,12 +127,17 @@ def test_what_filled_the_memory_is_released_before_less_is_tried() -> None:
         if max(size) < 32:
             raise InputError("too small for the network")
 
-    with pytest.raises(InputError, match=r"training.batch_size=1 with data.size=\[32,32\] fits"):
-        with explain_out_of_memory(step, 2, (64, 64)):
-            fill()
-    with pytest.raises(InputError, match="not even one small image fits"):
-        with explain_out_of_memory(lambda batch, size: step(batch, tuple(n + 48 for n in size)), 1, (64, 64)):
-            fill()
+    def never(batch: int, size: tuple[int, ...]) -> None:
+        step(batch, tuple(n + 48 for n in size))
+
+    fits = r"training.batch_size=1 with data.size=\[32,32\] fits"
+    with pytest.raises(InputError, match=fits), explain_out_of_memory(step, 2, (64, 64)):
+        fill()
+    with (
+        pytest.raises(InputError, match="not even one small image fits"),
+        explain_out_of_memory(never, 1, (64, 64)),
+    ):
+        fill()
 
 
 def test_dice_of_an_image() -> None:
