@@ -10,9 +10,15 @@ from omegaconf import DictConfig
 from torch import nn
 
 from kernels.errors import InputError
-from tasks.common.segmentation.checkpoint import Description, Segmenter, fill_inference, load_segmenter
+from tasks.common.segmentation.checkpoint import (
+    Description,
+    Segmenter,
+    check_cutoff,
+    fill_inference,
+    inference_fields,
+    segmenter_of,
+)
 from tasks.common.segmentation.fitting import plain
-from tasks.common.segmentation.inference import Inference
 from tasks.meningioma.networks.build import build_network, refuse_backbone
 from tasks.meningioma.preparation import Preparation
 
@@ -72,23 +78,15 @@ def stored_inference(cfg: DictConfig, preparation: Preparation) -> dict[str, Any
     Raises:
         InputError: a setting cannot be used.
     """
-    settings = cfg.inference
-    fields: dict[str, Any] = {name: settings[name] for name in ("overlap", "batch_size", "flips", "amp")}
-    fields["flip_axes"] = plain(settings.flip_axes)
-    fields["patch_size"] = list(seen_size(preparation)) if preparation.recipe == "sliding" else None
-    given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
-    Inference(**given)
-    check_cut(settings)
-    return fields
+    check_cut(cfg.inference)
+    return inference_fields(cfg.inference, list(seen_size(preparation)) if preparation.recipe == "sliding" else None)
 
 
 def check_cut(settings: DictConfig) -> None:
     """Raise InputError for a cut-off or a smallest component that cannot be."""
     if settings.smallest_ml < 0:
         raise InputError(f"inference.smallest_ml={settings.smallest_ml} must be 0 or more.")
-    cutoff = settings.cutoff
-    if cutoff not in ("search", "argmax") and not (isinstance(cutoff, int | float) and 0 < cutoff < 1):
-        raise InputError(f"inference.cutoff={cutoff} must be search, argmax, or a probability between 0 and 1.")
+    check_cutoff(settings.cutoff)
 
 
 def load(cfg: DictConfig) -> Segmenter:
@@ -97,11 +95,6 @@ def load(cfg: DictConfig) -> Segmenter:
     Raises:
         InputError: no checkpoint is given, or it cannot be used.
     """
-    if cfg.checkpoint is None:
-        raise InputError(
-            f"action={cfg.action} needs checkpoint=RUN, a run folder, a fold folder or a model.safetensors."
-        )
-    segmenter = load_segmenter(cfg.checkpoint, TASK, build)
-    fill_inference(cfg.inference, segmenter.description.inference | segmenter.description.cut)
+    segmenter = segmenter_of(cfg, TASK, build)
     check_cut(cfg.inference)
     return segmenter

@@ -10,9 +10,15 @@ from omegaconf import DictConfig
 from torch import nn
 
 from kernels.errors import InputError
-from tasks.common.segmentation.checkpoint import Description, Segmenter, fill_inference, load_segmenter
+from tasks.common.segmentation.checkpoint import (
+    Description,
+    Segmenter,
+    check_cutoff,
+    fill_inference,
+    inference_fields,
+    segmenter_of,
+)
 from tasks.common.segmentation.fitting import plain
-from tasks.common.segmentation.inference import Inference
 from tasks.qtseg.networks.build import build_network, check_network
 from tasks.qtseg.preprocessing import Preprocessing
 
@@ -95,14 +101,8 @@ def stored_inference(cfg: DictConfig, preprocessing: Preprocessing) -> dict[str,
     Raises:
         InputError: a setting cannot be used.
     """
-    settings = cfg.inference
-    fields: dict[str, Any] = {name: settings[name] for name in ("overlap", "batch_size", "flips", "amp")}
-    fields["flip_axes"] = plain(settings.flip_axes)
-    fields["patch_size"] = window_of(settings, preprocessing)
-    given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
-    Inference(**given)
-    check_cut(settings)
-    return fields
+    check_cut(cfg.inference)
+    return inference_fields(cfg.inference, window_of(cfg.inference, preprocessing))
 
 
 def window_of(settings: DictConfig, preprocessing: Preprocessing) -> list[int] | None:
@@ -126,9 +126,7 @@ def check_cut(settings: DictConfig) -> None:
     """Raise InputError for a cut-off or a smallest component that cannot be."""
     if settings.smallest < 0:
         raise InputError(f"inference.smallest={settings.smallest} must be 0 pixels or more.")
-    cutoff = settings.cutoff
-    if cutoff not in ("search", "argmax") and not (isinstance(cutoff, int | float) and 0 < cutoff < 1):
-        raise InputError(f"inference.cutoff={cutoff} must be search, argmax, or a probability between 0 and 1.")
+    check_cutoff(settings.cutoff)
 
 
 def load(cfg: DictConfig) -> Segmenter:
@@ -137,11 +135,6 @@ def load(cfg: DictConfig) -> Segmenter:
     Raises:
         InputError: no checkpoint is given, or it cannot be used.
     """
-    if cfg.checkpoint is None:
-        raise InputError(
-            f"action={cfg.action} needs checkpoint=RUN, a run folder, a fold folder or a model.safetensors."
-        )
-    segmenter = load_segmenter(cfg.checkpoint, TASK, build)
-    fill_inference(cfg.inference, segmenter.description.inference | segmenter.description.cut)
+    segmenter = segmenter_of(cfg, TASK, build)
     check_cut(cfg.inference)
     return segmenter

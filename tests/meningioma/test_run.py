@@ -198,6 +198,7 @@ def test_patches_at_native_resolution_with_flips_and_a_searched_cutoff(heads: Pa
         (["backbone=resnet18"], "two axes"),
         (["training.loss=dicee"], "training.loss"),
         (["inference.cutoff=2"], "inference.cutoff=2"),
+        (["inference.flip_axes=0"], "inference.flip_axes=0 must be a list of numbers"),
         (["inference.flips=some"], "inference.flips=some"),
         (["evaluation.overlap=1"], "evaluation.overlap=1"),
         (["augment.name=wild"], "augment"),

@@ -141,6 +141,7 @@ def test_a_checkpoint_of_another_task_or_of_other_classes_is_refused(
         ([], "needs input=PATH"),
         (["input=set/images", "out=set/images"], "which holds the images"),
         (["input=set/images", "inference.flip_axes=[2]", "inference.flips=axes"], "has axes 0 to 1"),
+        (["input=set/images", "inference.flip_axes=2", "inference.flips=axes"], "inference.flip_axes=2 must be a list"),
     ):
         assert main(TASK, [*predict, *options]) == 2
         assert sentence in capsys.readouterr().err

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 from torch import Tensor, nn
 
 from kernels.errors import InputError
@@ -49,8 +49,12 @@ class Description:
 
     def how(self) -> Inference:
         """The stored inference."""
-        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in self.inference.items()}
-        return Inference(**given)
+        return _inference(self.inference)
+
+
+def _inference(fields: Mapping[str, Any]) -> Inference:
+    given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    return Inference(**given)
 
 
 Build = Callable[[Description], nn.Module]
@@ -102,17 +106,60 @@ def fill_inference(settings: DictConfig, values: Mapping[str, Any]) -> None:
             settings[name] = value
 
 
+def inference_fields(settings: DictConfig, patch_size: Sequence[int] | None) -> dict[str, Any]:
+    """Fields of :class:`Inference` for a task's section ``inference``, as a checkpoint keeps them.
+
+    Raises:
+        InputError: a setting cannot be used.
+    """
+    fields: dict[str, Any] = {name: settings[name] for name in ("overlap", "batch_size", "flips", "amp")}
+    fields["flip_axes"] = _flip_axes(settings)
+    fields["patch_size"] = None if patch_size is None else list(patch_size)
+    _inference(fields)
+    return fields
+
+
+def _flip_axes(settings: DictConfig) -> list[int] | None:
+    axes = settings.flip_axes
+    if axes is None:
+        return None
+    if not isinstance(axes, ListConfig) or not all(isinstance(axis, int) for axis in axes):
+        raise InputError(f"inference.flip_axes={axes} must be a list of numbers, such as [0].")
+    return list(axes)
+
+
+def check_cutoff(cutoff: object) -> None:
+    """Raise InputError for a cut-off that cannot be."""
+    if cutoff not in ("search", "argmax") and not (isinstance(cutoff, int | float) and 0 < cutoff < 1):
+        raise InputError(f"inference.cutoff={cutoff} must be search, argmax, or a probability between 0 and 1.")
+
+
 def inference_of(segmenter: Segmenter, settings: DictConfig) -> Inference:
     """How the segmenter sees images, with the settings of a task's section ``inference``."""
     stored = segmenter.description.how()
-    axes = None if settings.flip_axes is None else tuple(settings.flip_axes)
+    axes = _flip_axes(settings)
     overlap, batch_size, amp = settings.overlap, settings.batch_size, settings.amp
-    return Inference(stored.patch_size, overlap, batch_size, settings.flips, axes, amp)
+    return Inference(stored.patch_size, overlap, batch_size, settings.flips, None if axes is None else tuple(axes), amp)
 
 
 def save_segmenter(path: Path, task: str, model: nn.Module, description: Description) -> None:
     """Write ``model`` with its description, atomically."""
     write_model(path, model.state_dict(), task, asdict(description))
+
+
+def segmenter_of(cfg: DictConfig, task: str, build: Build) -> Segmenter:
+    """The segmenter of ``checkpoint=``; what is null in ``inference`` becomes what it was trained with.
+
+    Raises:
+        InputError: no checkpoint is given, or it cannot be used.
+    """
+    if cfg.checkpoint is None:
+        raise InputError(
+            f"action={cfg.action} needs checkpoint=RUN, a run folder, a fold folder or a model.safetensors."
+        )
+    segmenter = load_segmenter(cfg.checkpoint, task, build)
+    fill_inference(cfg.inference, segmenter.description.inference | segmenter.description.cut)
+    return segmenter
 
 
 def load_segmenter(path: Path, task: str, build: Build) -> Segmenter:
