@@ -103,7 +103,7 @@ def _save(chosen: argparse.Namespace, found: Mapping[str, Sequence[BenchRow]]) -
         with atomic_path(chosen.markdown) as path:
             path.write_text(markdown(found))
     if chosen.plot is not None:
-        from tasks.common.bench_backbones import plot
+        from tasks.common.bench_plot import plot
 
         with atomic_path(chosen.plot) as path:
             plot(rows, path)

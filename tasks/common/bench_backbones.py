@@ -10,9 +10,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import MethodType
 
 import torch
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 
 import backbones
 from attention.mixer import Mixer
-from backbones.published import published
 from tasks.common.bench import BenchRow, median_times
 
 
@@ -70,33 +68,6 @@ def rows() -> Iterator[BenchRow]:
     for name in (n for n in RELEASED if n in known):
         pixels, batch = (64, 1) if quick else (224, 2)
         yield from _beside_released(name, pixels, batch, device, 1 if quick else 5)
-
-
-def plot(measured: Sequence[BenchRow], path: Path) -> None:
-    """Draw published top-1 accuracy over the measured rate of inference, for the largest batch at 224 pixels."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    points: dict[str, tuple[float, float, bool]] = {}
-    for row in measured:
-        if "224 px, batch 8, inference" not in row.name:
-            continue
-        for name, rate, is_ours in ((row.name.split()[0], row.ours, True), (row.peer_name.split()[0], row.peer, False)):
-            top1 = published(name).top1
-            if top1 is not None:
-                points[name] = (rate, top1, is_ours)
-    figure, axis = plt.subplots(figsize=(6.4, 4))
-    for name, (rate, top1, is_ours) in points.items():
-        colour = "#0072b2" if is_ours else "0.5"
-        axis.plot(rate, top1, "o", color=colour)
-        axis.annotate(name, (rate, top1), textcoords="offset points", xytext=(5, 3), fontsize=7, color=colour)
-    axis.set(xscale="log", xlabel="images per second, 224 px, batch 8, inference", ylabel="published top-1, %")
-    axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130, format="png")
-    plt.close(figure)
 
 
 def _compare(pair: Pair, pixels: int, batch: int, device: torch.device, repeats: int) -> Iterator[BenchRow]:
