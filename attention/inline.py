@@ -200,4 +200,16 @@ def kernel_maker(dim: int, num_heads: int, taps: int) -> nn.Sequential:
 
 def local_kernels(maker: nn.Sequential, mean: Tensor, axes: int = 2) -> Tensor:
     """Kernels (B, C, 3, ...), with 3 taps on each of the ``axes``, from mean tokens (B, C)."""
-    return maker(mean[..., None]).view(*mean.shape, *[3] * axes)
+    batch, dim = mean.shape
+    first = maker[0]
+    assert isinstance(first, nn.Conv1d)
+    heads = first.groups
+    taps = mean.unflatten(1, (heads, -1)).transpose(0, 1)  # (heads, B, C / heads)
+    for layer in maker:
+        if isinstance(layer, nn.Conv1d):  # one product for all heads; a convolution takes its groups one by one
+            assert layer.bias is not None
+            weight = layer.weight.view(heads, -1, dim // heads)
+            taps = torch.baddbmm(layer.bias.view(heads, 1, -1), taps, weight.mT)
+        else:
+            taps = layer(taps)
+    return taps.transpose(0, 1).reshape(batch, dim, *[3] * axes)
