@@ -12,7 +12,6 @@ import argparse
 import importlib
 import importlib.util
 import json
-import os
 import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kernels.errors import InputError, unknown_name
+from kernels.threads import spin_briefly
 
 if TYPE_CHECKING:
     import torch
@@ -35,10 +35,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; the return value is the exit code."""
-    # Threads that wait spin for some 50 us before they sleep: long enough for operators of a few ms made of short
-    # steps (sleeping at once costs them half their speed), short enough not to stall beside another busy process.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    spin_briefly()
     parser = argparse.ArgumentParser(
         prog="python -m kernels.bench", description="Time the operators beside their peers."
     )

@@ -10,7 +10,6 @@ import argparse
 import importlib
 import importlib.util
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kernels.errors import InputError, unknown_name
+from kernels.threads import spin_briefly
 from tasks.common.bench import BenchRow
 from tasks.common.files import atomic_path
 
@@ -36,7 +36,7 @@ MATRICES = {"qtseg": "tasks.qtseg.bench_networks"}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmarks named on the command line, print a table, return the exit code."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as every task does
+    spin_briefly()
     parser = argparse.ArgumentParser(prog="python -m tasks.bench", description="Time the toolkit beside its peers.")
     parser.add_argument("task", nargs="*", help=f"which task's benchmarks: {', '.join(SECTIONS)} (default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")

@@ -10,7 +10,6 @@ those are not, as in an installed package, mixers are compared with softmax atte
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -21,6 +20,7 @@ from rich.console import Console
 
 import attention
 from kernels.errors import InputError, unknown_name
+from kernels.threads import spin_briefly
 
 if TYPE_CHECKING:
     from attention.bench.growth import Growth
@@ -32,9 +32,7 @@ SIZES = ((56, 56, 96), (14, 14, 384), (128, 128, 64), (64, 64, 64, 32))
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; the return value is the exit code."""
-    # See kernels.bench: threads that wait spin for a moment before they sleep.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    spin_briefly()
     parser = argparse.ArgumentParser(prog="python -m attention.bench", description="Time the mixers.")
     parser.add_argument("mixer", nargs="*", help="which mixers (default: all)")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is a GPU")

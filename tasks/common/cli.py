@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kernels.errors import InputError, nearest_name, unknown_name
+from kernels.threads import spin_briefly
 from tasks.common.files import explain_os_errors
 
 if TYPE_CHECKING:
@@ -81,9 +82,7 @@ def data_as_path(overrides: Sequence[str], names: Sequence[str]) -> list[str]:
 def main(task: Task, arguments: Sequence[str] | None = None) -> int:
     """Run a task from the command line; the return value is the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    # OpenMP threads that spin while they wait make training many times slower when anything else wants a core; the
-    # library reads this when torch is imported, which has not happened yet.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    spin_briefly()
     if {"-h", "--help"} & set(arguments):
         with contextlib.suppress(BrokenPipeError):  # the reader may stop early: --help | head
             print(help_text(task), flush=True)
