@@ -33,6 +33,8 @@ SECTIONS = {
 MATRICES = {"qtseg": "tasks.qtseg.bench_networks"}
 """The module whose ``matrix()`` tries everything that a task can be put together from, by task."""
 
+SPINNER_HZ = 1.0
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmarks named on the command line, print a table, return the exit code."""
@@ -52,10 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if chosen.matrix:
             return max([run_matrix(task, console) for task in chosen.task or MATRICES], default=0)
         found: dict[str, list[BenchRow]] = {}
-        for task in chosen.task or SECTIONS:
-            for title, row in _measured(task, console):
-                found.setdefault(title, []).append(row)
-                _save(chosen, found)  # at once: what was measured must outlive what comes next
+        try:
+            for task in chosen.task or SECTIONS:
+                for title, row in _measured(task, console):
+                    found.setdefault(title, []).append(row)
+                    _save(chosen, found)  # at once: what was measured must outlive what comes next
+        finally:
+            _draw(chosen.plot, found)
     except InputError as error:
         Console(stderr=True, soft_wrap=True, highlight=False).print(str(error), markup=False)
         return 1
@@ -86,7 +91,8 @@ def _measured(task: str, console: Console) -> Iterator[tuple[str, BenchRow]]:
             console.print(f"{title}: absent, there is no {module}")
             continue
         rows: list[BenchRow] = []
-        with console.status(title) as status:  # on a terminal: which row is done, while the next is timed
+        # On a terminal: which row is done, while the next is timed. Rarely drawn, so as not to disturb the times.
+        with console.status(title, refresh_per_second=SPINNER_HZ) as status:
             for row in importlib.import_module(module).rows():
                 rows.append(row)
                 status.update(f"{title}: {len(rows)} rows, {row.name}: ratio {row.ratio:.2f}")
@@ -95,18 +101,25 @@ def _measured(task: str, console: Console) -> Iterator[tuple[str, BenchRow]]:
 
 
 def _save(chosen: argparse.Namespace, found: Mapping[str, Sequence[BenchRow]]) -> None:
-    rows = [row for measured in found.values() for row in measured]
     if chosen.json is not None:
         with atomic_path(chosen.json) as path:
-            path.write_text(json.dumps([asdict(row) | {"ratio": row.ratio} for row in rows], indent=2))
+            path.write_text(json.dumps([asdict(row) | {"ratio": row.ratio} for row in _all(found)], indent=2))
     if chosen.markdown is not None:
         with atomic_path(chosen.markdown) as path:
             path.write_text(markdown(found))
-    if chosen.plot is not None:
-        from tasks.common.bench_plot import plot
 
-        with atomic_path(chosen.plot) as path:
-            plot(rows, path)
+
+def _draw(file: Path | None, found: Mapping[str, Sequence[BenchRow]]) -> None:
+    if file is None or not found:
+        return
+    from tasks.common.bench_plot import plot
+
+    with atomic_path(file) as path:
+        plot(_all(found), path)
+
+
+def _all(found: Mapping[str, Sequence[BenchRow]]) -> list[BenchRow]:
+    return [row for rows in found.values() for row in rows]
 
 
 def markdown(sections: Mapping[str, Sequence[BenchRow]]) -> str:

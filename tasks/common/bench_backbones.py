@@ -47,7 +47,7 @@ PAIRS = (
     Pair("inline_swin_tiny", "swin_tiny_patch4_window7_224", twin=True),
     Pair("agent_deit_tiny", "deit_tiny_patch16_224", twin=True),
     Pair("inline_deit_tiny", "deit_tiny_patch16_224", twin=True),
-    Pair("dependencyvit_tiny", "deit_tiny_patch16_224", twin=True),
+    Pair("dependencyvit_tiny", "deit_tiny_patch16_224"),
     Pair("dynperceiver_reg400m_t128", "regnety_004"),
     Pair("gcvit_any_xxtiny", "gcvit_xxtiny", twin=True),
 )
@@ -66,8 +66,8 @@ def rows() -> Iterator[BenchRow]:
         for pixels, batch in sizes:
             yield from _compare(pair, pixels, batch, device, 1 if quick else 3)
     for name in (n for n in RELEASED if n in known):
-        pixels, batch = (64, 1) if quick else (224, 2)
-        yield from _beside_released(name, pixels, batch, device, 1 if quick else 5)
+        for pixels, batch in ((64, 1),) if quick else ((224, 2), (224, 8), (224, 16)):
+            yield from _beside_released(name, pixels, batch, device, 1 if quick else 3)
 
 
 def _compare(pair: Pair, pixels: int, batch: int, device: torch.device, repeats: int) -> Iterator[BenchRow]:

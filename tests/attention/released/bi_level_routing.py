@@ -11,14 +11,16 @@ from attention.bi_level_routing import BiLevelRoutingAttention
 
 def released(module: BiLevelRoutingAttention) -> Callable[[Tensor], Tensor]:
     """Of the legacy form with hard routing and without pooling; what sticks out of the map is given no weight."""
-    heads = module.num_heads
+    heads, positions = module.num_heads, module.lepe
+    assert positions is not None
 
     def run(x: Tensor) -> Tensor:
         batch, height, width, _ = x.shape
         rows, columns = (-(-n // count) for n, count in zip((height, width), module.regions, strict=True))
         down, across = -(-height // rows), -(-width // columns)
         q, k, v = module.qkv(x).split([module.qk_dim, module.qk_dim, module.dim], -1)
-        lepe = module.lepe(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        lepe = F.conv2d(v.permute(0, 3, 1, 2), positions.weight, positions.bias, padding="same", groups=module.dim)
+        lepe = lepe.permute(0, 2, 3, 1)
         seen = x.new_ones(batch, height, width, 1)
         q, k, v, seen = (_regions(t, down, rows, across, columns) for t in (q, k, v, seen))
         count = seen.sum(2)
