@@ -64,6 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         Console(stderr=True, soft_wrap=True, highlight=False).print(str(error), markup=False)
         return 1
+    except KeyboardInterrupt:
+        console.print("stopped; the files asked for hold what was measured until now", markup=False)
+        return 130
     return 0
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import resource
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 
@@ -46,6 +49,18 @@ def median_times(calls: dict[str, Callable[[], object]], repeats: int = 5) -> di
             call()
             times[name].append(time.perf_counter() - start)
     return {name: sorted(values)[len(values) // 2] for name, values in times.items()}
+
+
+def each_apart(measure: Callable[..., list[BenchRow]], jobs: Sequence[tuple[object, ...]]) -> Iterator[BenchRow]:
+    """The rows of ``measure(*job)`` for each job, in a fresh process each.
+
+    What a large model leaves behind, memory in pieces above all, slows down those that are measured after it.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    for job in jobs:
+        # By default Ctrl-C ends a Python process with a stack trace; this one is to end with its parent, silently.
+        with ProcessPoolExecutor(1, spawn, signal.signal, (signal.SIGINT, signal.SIG_DFL)) as process:
+            yield from process.submit(measure, *job).result()
 
 
 def peak_memory_mb() -> float:

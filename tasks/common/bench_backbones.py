@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import MethodType
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import backbones
 from attention.mixer import Mixer
-from tasks.common.bench import BenchRow, median_times
+from tasks.common.bench import BenchRow, each_apart, median_times
 
 
 @dataclass(frozen=True)
@@ -59,29 +59,30 @@ LARGEST = 512
 def rows() -> Iterator[BenchRow]:
     """One row per backbone, size and direction; sizes and repeats shrink with ``FOVEA_BENCH_QUICK=1``."""
     quick = os.environ.get("FOVEA_BENCH_QUICK", "0") == "1"
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sizes = ((64, 1),) if quick else ((224, 1), (224, 8), (LARGEST, 1))
+    repeats = 1 if quick else 3
+    beside_timm = ((64, 1),) if quick else ((224, 1), (224, 8), (LARGEST, 1))
+    beside_released = ((64, 1),) if quick else ((224, 2), (224, 8), (224, 16))
     known = set(backbones.available())
-    for pair in (p for p in PAIRS if {p.ours, p.peer} <= known):
-        for pixels, batch in sizes:
-            yield from _compare(pair, pixels, batch, device, 1 if quick else 3)
-    for name in (n for n in RELEASED if n in known):
-        for pixels, batch in ((64, 1),) if quick else ((224, 2), (224, 8), (224, 16)):
-            yield from _beside_released(name, pixels, batch, device, 1 if quick else 3)
+    yield from each_apart(_compare, [(p, beside_timm, repeats) for p in PAIRS if {p.ours, p.peer} <= known])
+    yield from each_apart(_beside_released, [(n, beside_released, repeats) for n in RELEASED if n in known])
 
 
-def _compare(pair: Pair, pixels: int, batch: int, device: torch.device, repeats: int) -> Iterator[BenchRow]:
-    ours, peer = (_build(name, pixels).to(device) for name in (pair.ours, pair.peer))
+def _compare(pair: Pair, sizes: Sequence[tuple[int, int]], repeats: int) -> list[BenchRow]:
     what = "timm's twin" if pair.twin else "timm, of similar size"
-    yield from _timed(pair.ours, ours, peer, f"{pair.peer} ({what})", pixels, batch, repeats)
+    found: list[BenchRow] = []
+    for pixels, batch in sizes:
+        ours, peer = _build(pair.ours, pixels), _build(pair.peer, pixels)
+        found += _timed(pair.ours, ours, peer, f"{pair.peer} ({what})", pixels, batch, repeats)
+    return found
 
 
-def _beside_released(name: str, pixels: int, batch: int, device: torch.device, repeats: int) -> Iterator[BenchRow]:
-    ours, peer = (_build(name, pixels).to(device) for _ in range(2))
-    replaced = sum(_use_released(module) for module in peer.modules() if isinstance(module, Mixer))
-    if replaced:
-        peer_name = "itself, attention as released"
-        yield from _timed(name, ours, peer, peer_name, pixels, batch, repeats)
+def _beside_released(name: str, sizes: Sequence[tuple[int, int]], repeats: int) -> list[BenchRow]:
+    found: list[BenchRow] = []
+    for pixels, batch in sizes:
+        ours, peer = _build(name, pixels), _build(name, pixels)
+        if sum(_use_released(module) for module in peer.modules() if isinstance(module, Mixer)):
+            found += _timed(name, ours, peer, "itself, attention as released", pixels, batch, repeats)
+    return found
 
 
 def _timed(
@@ -136,7 +137,8 @@ def _peak(call: Callable[[], object], device: torch.device) -> float | None:
 
 def _build(name: str, pixels: int) -> nn.Module:
     torch.manual_seed(0)
-    return backbones.create(name, img_size=pixels)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return backbones.create(name, img_size=pixels).to(device)
 
 
 def _use_released(mixer: Mixer) -> bool:
