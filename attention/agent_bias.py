@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from attention.masking import key_mask
 from attention.resizing import resize
-from kernels.operators import precisely
-from kernels.tables import made_once
 
 COARSE = 7
 """Side of the tables that hold a bias for each place of a coarse map."""
@@ -51,33 +49,25 @@ class AgentBias(nn.Module):
     def to_agents(self, grid: Sequence[int], agents: Sequence[int]) -> Tensor:
         """(1, h, n, prefix + N): what is added to the scores of agents (rows) for the places of ``grid``."""
         tables = [self.an_bias[None], *(getattr(self, f"a{letter}_bias") for letter in self.letters)]
-        places, spread = self._places(tables, self.ac_bias if self.prefix else None, grid, agents)
-        with precisely(places):
-            return (places.to(spread.dtype) @ spread).to(places.dtype)
+        return self._sum(tables, self.ac_bias if self.prefix else None, grid, agents)
 
     def from_agents(self, grid: Sequence[int], agents: Sequence[int]) -> Tensor:
         """(1, h, prefix + N, n): what is added to the scores of the places of ``grid`` (rows) for agents."""
         tables = [getattr(self, f"{letter}a_bias").movedim(-1, 2) for letter in self.letters]
         front = self.ca_bias.transpose(2, 3) if self.prefix else None
-        places, spread = self._places([self.na_bias[None], *tables], front, grid, agents)
-        with precisely(places):
-            return (spread.mT @ places.to(spread.dtype).mT).to(places.dtype)
+        return self._sum([self.na_bias[None], *tables], front, grid, agents).transpose(2, 3)
 
-    def _places(
-        self, tables: list[Tensor], front: Tensor | None, grid: Sequence[int], agents: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
-        """What biases are made of, from tables (1, h, n, *sides), where a side is 1 for what is the same along an axis.
-
-        Returns:
-            The tables end to end (1, h, n, P), those of the prefix first, and the linear map (P, prefix + N) that
-            resizes and sums them: one product instead of a dozen operators on small tables.
-        """
-        parts = [] if front is None else [self._of_agents(front, agents)]
-        parts += [self._of_agents(table, agents).flatten(3) for table in tables]
-        precise = torch.promote_types(parts[0].dtype, torch.float32)
-        sides = tuple(tuple(table.shape[3:]) for table in tables)
-        spread = _spread(sides, tuple(grid), 0 if front is None else front.shape[3], precise, parts[0].device)
-        return torch.cat(parts, 3), spread
+    def _sum(self, tables: list[Tensor], front: Tensor | None, grid: Sequence[int], agents: Sequence[int]) -> Tensor:
+        """(1, h, n, prefix + N) of tables (1, h, n, *sides), where a side is 1 for what is the same along an axis."""
+        parts = []
+        for table in tables:
+            sides = table.shape[3:]
+            size = [new if old > 1 or new == 1 else 1 for old, new in zip(sides, grid, strict=True)]
+            resized = resize(self._of_agents(table, agents).flatten(1, 2), size)
+            parts.append(resized.unflatten(1, (table.shape[1], math.prod(agents))))
+        total = sum(parts[1:], parts[0])
+        total = total.expand(*total.shape[:3], *grid).flatten(3)
+        return total if front is None else torch.cat([self._of_agents(front, agents), total], 3)
 
     def _of_agents(self, table: Tensor, agents: Sequence[int]) -> Tensor:
         """``table`` (1, h, n, ...) for agents on another grid."""
@@ -86,20 +76,6 @@ class AgentBias(nn.Module):
         places = table.flatten(3).transpose(2, 3)
         places = resize(places.reshape(1, -1, *self.agents), agents)
         return places.reshape(1, table.shape[1], -1, math.prod(agents)).transpose(2, 3).unflatten(3, table.shape[3:])
-
-
-@made_once(64)
-def _spread(
-    sides: tuple[tuple[int, ...], ...], grid: tuple[int, ...], prefix: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """(prefix + all places of tables with these sides, prefix + N): the tables resized to ``grid`` and summed."""
-    parts = []
-    for table in sides:
-        places = math.prod(table)
-        size = [new if old > 1 or new == 1 else 1 for old, new in zip(table, grid, strict=True)]
-        one_hot = torch.eye(places, dtype=dtype, device=device).view(1, places, *table)
-        parts.append(resize(one_hot, size).expand(1, places, *grid).reshape(places, -1))
-    return torch.block_diag(torch.eye(prefix, dtype=dtype, device=device), torch.cat(parts))
 
 
 def attend_agents(

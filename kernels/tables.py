@@ -1,4 +1,4 @@
-"""Tables that depend on sizes alone: made once, and afresh while a model is compiled or exported."""
+"""Tables that depend on sizes alone: made once, and afresh while a model is exported."""
 
 from __future__ import annotations
 
@@ -16,18 +16,15 @@ def made_once(most: int) -> Callable[[Callable[_Arguments, _Table]], Callable[_A
     """Decorator: keep the last ``most`` results of a function of hashable arguments.
 
     While a model is exported its tensors have shapes and no numbers; one that was kept would be taken for a real table
-    afterwards. The compiler follows what makes a table, and warns of what keeps it.
+    afterwards.
     """
 
     def decorate(make: Callable[_Arguments, _Table]) -> Callable[_Arguments, _Table]:
-        @functools.lru_cache(maxsize=most)
-        def kept(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Table:
-            with torch.inference_mode(False):  # or what the first call made could not be used while training
-                return make(*args, **kwargs)
+        kept = functools.lru_cache(maxsize=most)(make)
 
         @functools.wraps(make)
         def table(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Table:
-            if torch.compiler.is_compiling():  # or exporting
+            if torch.compiler.is_exporting():
                 return make(*args, **kwargs)
             return kept(*args, **kwargs)  # type: ignore[arg-type]
 

@@ -63,16 +63,6 @@ def test_tables_are_exact_at_their_size_and_interpolated_at_others(prefix: int) 
     assert torch.allclose(other[:, :, :prefix], torch.tensor(0.5))
 
 
-def test_biases_first_needed_in_inference_can_be_trained_afterwards() -> None:
-    bias = AgentBias(2, (2, 2), (4, 6), (4, 6))
-    with torch.inference_mode():
-        bias.to_agents((11, 13), (2, 2))  # a size that no other test has
-    bias.to_agents((11, 13), (2, 2)).sum().backward()
-    assert bias.ah_bias.grad is not None
-    assert bias.an_bias.grad is not None
-    torch.testing.assert_close(bias.an_bias.grad.sum((2, 3)), torch.full((2, 4), 143.0))
-
-
 def test_agents_are_means_of_the_real_queries_of_their_cells() -> None:
     module = make()
     q = torch.randn(1, 6, 6, 4, 4)
