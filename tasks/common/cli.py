@@ -10,7 +10,7 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -105,6 +105,7 @@ def _compose_and_run(task: Task, arguments: list[str]) -> int:
 
     outcomes: list[tuple[list[str], Path, dict[str, Any] | None]] = []
     failures: list[str] = []
+    there = _folders_there(task, arguments)
 
     def job(cfg: DictConfig) -> None:
         settings = HydraConfig.get()
@@ -123,7 +124,7 @@ def _compose_and_run(task: Task, arguments: list[str]) -> int:
             # One failed job of a sweep must not take the others with it, so nothing is raised before all have run.
             failures.append(f"{' '.join(overrides)}: {sentence}" if settings.mode == RunMode.MULTIRUN else sentence)
         finally:
-            _remove_if_empty(out)
+            _remove_if_empty(out, there)
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us instead of being printed by Hydra
     previous = sys.argv
@@ -142,7 +143,7 @@ def _compose_and_run(task: Task, arguments: list[str]) -> int:
         for sweep in {out.parent for _, out, _ in outcomes}:
             if [path.name for path in sweep.glob("*")] == ["multirun.yaml"]:  # its jobs went on in an earlier sweep
                 (sweep / "multirun.yaml").unlink()
-                _remove_if_empty(sweep)
+                _remove_if_empty(sweep, there)
     for failure in failures:
         _say(failure)
     return 2 if failures else 0
@@ -167,9 +168,18 @@ def _choose_kernels(cfg: DictConfig) -> None:
         kernels.configure(os.environ.get("FOVEA_KERNELS", "auto"), os.environ.get("FOVEA_AUTOTUNE", "0") == "1")
 
 
-def _remove_if_empty(folder: Path) -> None:
+def _folders_there(task: Task, arguments: Sequence[str]) -> set[Path]:
+    """The output folder and those above it that the user has made already, and the working folder."""
+    given = [value.strip("'\"") for key, _, value in (text.partition("=") for text in arguments) if key == "out"]
+    out = Path(given[-1] if given else f"outputs/{task.name}").absolute()
+    return {path for path in (out, *out.parents, Path.cwd(), *Path.cwd().parents) if path.exists()}
+
+
+def _remove_if_empty(folder: Path, there: Collection[Path]) -> None:
     """Hydra makes the output folder before anything is known; one that nothing was written to goes again."""
-    for path in (folder, *folder.parents[:2]):
+    for path in (folder.absolute(), *folder.absolute().parents[:2]):
+        if path in there:
+            return
         try:
             path.rmdir()
         except OSError:

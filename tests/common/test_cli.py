@@ -71,6 +71,17 @@ def test_a_mistake_is_one_sentence(arguments: list[str], sentence: str, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("out", ["run", "mine", "mine/run"])
+def test_only_folders_that_it_made_go_again(out: str, tmp_path: Path) -> None:
+    here = tmp_path / "project"
+    (here / "mine").mkdir(parents=True)
+    assert command("action=evaluate", f"out={out}", cwd=here).returncode == 2
+    assert [path.name for path in here.iterdir()] == ["mine"] and not list((here / "mine").iterdir())
+    (here / "mine").rmdir()
+    assert command("action=evaluate", f"out={here}/{out}", cwd=here).returncode == 2
+    assert here.is_dir() and not list(here.iterdir())
+
+
 def test_a_failed_job_of_a_sweep_does_not_take_the_others_with_it(tmp_path: Path) -> None:
     done = command("-m", "action=evaluate,predict", cwd=tmp_path)
     assert done.returncode == 2
