@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from kernels.bench import describe, write, write_json
 from kernels.errors import InputError, unknown_name
 from kernels.threads import spin_briefly
 from tasks.common.bench import BenchRow
@@ -54,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if chosen.matrix:
             return max([run_matrix(task, console) for task in chosen.task or MATRICES], default=0)
         found: dict[str, list[BenchRow]] = {}
+        _save(chosen, found)  # a place that cannot be written is known now, not after the first row
+        _draw(chosen.plot, found)
         try:
             for task in chosen.task or SECTIONS:
                 for title, row in _measured(task, console):
@@ -65,7 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Console(stderr=True, soft_wrap=True, highlight=False).print(str(error), markup=False)
         return 1
     except KeyboardInterrupt:
-        console.print("stopped; the files asked for hold what was measured until now", markup=False)
+        kept = [str(path) for path in (chosen.json, chosen.markdown, chosen.plot) if path is not None and path.exists()]
+        where = f"; what is finished is in {' and '.join(kept)}" if kept else ""
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"stopped{where}.", markup=False)
         return 130
     return 0
 
@@ -105,20 +109,21 @@ def _measured(task: str, console: Console) -> Iterator[tuple[str, BenchRow]]:
 
 def _save(chosen: argparse.Namespace, found: Mapping[str, Sequence[BenchRow]]) -> None:
     if chosen.json is not None:
-        with atomic_path(chosen.json) as path:
-            path.write_text(json.dumps([asdict(row) | {"ratio": row.ratio} for row in _all(found)], indent=2))
+        write_json(chosen.json, [asdict(row) | {"ratio": row.ratio} for row in _all(found)])
     if chosen.markdown is not None:
-        with atomic_path(chosen.markdown) as path:
-            path.write_text(markdown(found))
+        write(chosen.markdown, markdown(found))
 
 
 def _draw(file: Path | None, found: Mapping[str, Sequence[BenchRow]]) -> None:
-    if file is None or not found:
+    if file is None:
         return
     from tasks.common.bench_plot import plot
 
-    with atomic_path(file) as path:
-        plot(_all(found), path)
+    try:
+        with atomic_path(file) as path:
+            plot(_all(found), path)
+    except OSError as error:
+        raise InputError(f"cannot write {file}: {error.strerror}; give another file.") from error
 
 
 def _all(found: Mapping[str, Sequence[BenchRow]]) -> list[BenchRow]:
@@ -128,8 +133,6 @@ def _all(found: Mapping[str, Sequence[BenchRow]]) -> list[BenchRow]:
 def markdown(sections: Mapping[str, Sequence[BenchRow]]) -> str:
     """Every section as a Markdown table, after the machine and the versions it was measured with."""
     import torch
-
-    from kernels.bench import describe
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lines = [f"* {name}: {value}" for name, value in describe(device).items()]

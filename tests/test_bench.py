@@ -103,6 +103,17 @@ def test_a_misspelt_task_is_answered_with_the_nearest(capsys: pytest.CaptureFixt
     assert "Did you mean 'wsi_mil'?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--json", "--markdown", "--plot"])
+def test_a_file_that_cannot_be_written_is_named_before_anything_is_measured(
+    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(bench, "SECTIONS", {"wsi_mil": {"training": __name__}})
+    (tmp_path / "file").touch()
+    assert bench.main(["wsi_mil", option, str(tmp_path / "file" / "rows")]) == 1
+    printed = capsys.readouterr()
+    assert "cannot write" in printed.err and "give another file" in printed.err and "a step" not in printed.out
+
+
 @pytest.mark.parametrize(
     ("value", "unit", "shown"),
     [
