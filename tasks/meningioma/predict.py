@@ -62,7 +62,8 @@ def run(cfg: DictConfig, out: Path) -> pd.DataFrame | None:
         _report(segmenter, scans, table, failures, cfg, current.folder)
         if not failures:
             current.finish()
-        _print(table, segmenter)
+        if len(table):
+            _print(table, segmenter)
         log.info("report: %s", current.folder / "report.html")
     if failures:
         raise InputError(f"{len(failures)} of {len(scans)} scans could not be segmented: {' '.join(failures[:5])}")

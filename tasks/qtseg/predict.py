@@ -69,7 +69,8 @@ def run(cfg: DictConfig, out: Path) -> pd.DataFrame | None:
         _report(segmenter, table, failures, cfg, current.folder)
         if not failures:
             current.finish()
-        _print(table, segmenter.description.classes[1:], segmenter.description.title)
+        if len(table):
+            _print(table, segmenter.description.classes[1:], segmenter.description.title)
         log.info("report: %s", current.folder / "report.html")
     if failures:
         raise InputError(f"{len(failures)} of {len(images)} images could not be segmented: {' '.join(failures[:5])}")
