@@ -9,9 +9,11 @@ what each Triton kernel compiles to instead; it needs no GPU.
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import importlib.util
 import json
+import os
 import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -79,7 +81,7 @@ def _measure(chosen: argparse.Namespace, console: Console) -> int:
         raise InputError("--device cuda: there is no GPU that PyTorch can use here; take --device cpu.")
     device = torch.device(chosen.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     everything: list[Result] = []
-    _save(chosen, {}, everything)  # a place that cannot be written is known now, not after the first case
+    check_places(chosen.json, chosen.markdown)
     machine = measure_machine(device, [torch.float32] + ([torch.bfloat16] if device.type == "cuda" else []))
     about = describe(device, machine)
     console.print("\n".join(f"{name}: {value}" for name, value in about.items()), markup=False)
@@ -249,6 +251,18 @@ def static_table(rows: Sequence[Compiled]) -> Table:
     return shown
 
 
+def check_places(*paths: Path | None) -> None:
+    """Know before anything is measured where results cannot be written; what an earlier run wrote there stays.
+
+    Raises:
+        InputError: a file cannot be written.
+    """
+    for path in paths:
+        if path is not None and not path.is_file():
+            write(path, "")
+            path.unlink()
+
+
 def write_json(path: Path, content: object) -> None:
     """Write ``content``, complete or not at all."""
     write(path, json.dumps(content, indent=1))
@@ -257,6 +271,8 @@ def write_json(path: Path, content: object) -> None:
 def write(path: Path, text: str) -> None:
     """Write ``text``, complete or not at all."""
     try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.part")
         temporary.write_text(text)

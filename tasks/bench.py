@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from kernels.bench import describe, write, write_json
+from kernels.bench import check_places, describe, write, write_json
 from kernels.errors import InputError, unknown_name
 from kernels.threads import spin_briefly
 from tasks.common.bench import BenchRow
@@ -54,8 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if chosen.matrix:
             return max([run_matrix(task, console) for task in chosen.task or MATRICES], default=0)
         found: dict[str, list[BenchRow]] = {}
-        _save(chosen, found)  # a place that cannot be written is known now, not after the first row
-        _draw(chosen.plot, found)
+        check_places(chosen.json, chosen.markdown, chosen.plot)
         try:
             for task in chosen.task or SECTIONS:
                 for title, row in _measured(task, console):
@@ -115,15 +114,12 @@ def _save(chosen: argparse.Namespace, found: Mapping[str, Sequence[BenchRow]]) -
 
 
 def _draw(file: Path | None, found: Mapping[str, Sequence[BenchRow]]) -> None:
-    if file is None:
+    if file is None or not found:
         return
     from tasks.common.bench_plot import plot
 
-    try:
-        with atomic_path(file) as path:
-            plot(_all(found), path)
-    except OSError as error:
-        raise InputError(f"cannot write {file}: {error.strerror}; give another file.") from error
+    with atomic_path(file) as path:
+        plot(_all(found), path)
 
 
 def _all(found: Mapping[str, Sequence[BenchRow]]) -> list[BenchRow]:

@@ -109,9 +109,33 @@ def test_a_file_that_cannot_be_written_is_named_before_anything_is_measured(
 ) -> None:
     monkeypatch.setattr(bench, "SECTIONS", {"wsi_mil": {"training": __name__}})
     (tmp_path / "file").touch()
-    assert bench.main(["wsi_mil", option, str(tmp_path / "file" / "rows")]) == 1
-    printed = capsys.readouterr()
-    assert "cannot write" in printed.err and "give another file" in printed.err and "a step" not in printed.out
+    for place in (tmp_path / "file" / "rows", tmp_path):  # below a file, and a folder
+        assert bench.main(["wsi_mil", option, str(place)]) == 1
+        printed = capsys.readouterr()
+        assert "cannot write" in printed.err and "give another file" in printed.err and "a step" not in printed.out
+
+
+def test_results_of_an_earlier_run_stay_until_there_are_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(bench, "SECTIONS", {"wsi_mil": {"training": __name__}})
+    files = [tmp_path / name for name in ("rows.json", "rows.md", "rows.png")]
+    arguments = [
+        "wsi_mil",
+        *(f"--{kind}={file}" for kind, file in zip(("json", "markdown", "plot"), files, strict=True)),
+    ]
+    monkeypatch.setitem(globals(), "rows", _stopped)
+    assert bench.main(arguments) == 130
+    assert not list(tmp_path.iterdir()) and capsys.readouterr().err == "stopped.\n"
+    for file in files:
+        file.write_text("earlier")
+    assert bench.main(arguments) == 130
+    assert {file.read_text() for file in files} == {"earlier"}
+
+
+def _stopped() -> Iterator[BenchRow]:
+    raise KeyboardInterrupt
+    yield
 
 
 @pytest.mark.parametrize(

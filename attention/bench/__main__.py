@@ -58,7 +58,7 @@ def _measure(chosen: argparse.Namespace, console: Console) -> int:
 
     from attention.bench.cases import case_of, results_of
     from attention.bench.growth import growth, growth_table, plot
-    from kernels.bench import describe, table
+    from kernels.bench import check_places, describe, table
     from kernels.measure import measure_machine
 
     known = attention.available(kind="mixer")
@@ -71,7 +71,7 @@ def _measure(chosen: argparse.Namespace, console: Console) -> int:
     device = torch.device(chosen.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     results: list[Result] = []
     grown: list[Growth] = []
-    _save(chosen, {}, results, grown)  # a place that cannot be written is known now, not after the first case
+    check_places(chosen.json, chosen.markdown, chosen.plot)
     machine = measure_machine(device, [torch.float32])
     about = describe(device, machine)
     console.print("\n".join(f"{name}: {value}" for name, value in about.items()), markup=False)
